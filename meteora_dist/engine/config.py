@@ -1,0 +1,38 @@
+"""What an engine is built from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from meteora_dist.config import StrictModel
+
+
+class EngineConfig(StrictModel):
+    """The model, its bank, the mesh and the limits of one engine.
+
+    Attributes:
+        model: Folder of the base model's checkpoint (config, safetensors, tokenizer).
+        bank: Folder of the bank.
+        ep: Expert-parallel ranks; each owns ``E / ep`` of the experts.
+        tp: Tensor-parallel ranks in each expert-parallel group.
+        dtype: What weights, activations and KV cache are held in.
+        max_model_len: Most tokens of prompt and answer together.
+        max_batch_tokens: Most tokens in one forward pass of a rank.
+        max_batch_requests: Most requests in one forward pass of a rank.
+        kv_cache_tokens: Tokens the paged KV cache of a rank has room for.
+        threads: Torch threads of a rank on CPU.
+    """
+
+    model: Path
+    bank: Path
+    ep: PositiveInt = 1
+    tp: Literal[1] = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: PositiveInt = 2048
+    max_batch_tokens: PositiveInt = 512
+    max_batch_requests: PositiveInt = 32
+    kv_cache_tokens: PositiveInt = 32_768
+    threads: PositiveInt = Field(default=1)

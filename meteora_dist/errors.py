@@ -1,0 +1,64 @@
+"""The errors users see. Each says what was wrong, where, and what would be right.
+
+``meteora_dist.serving.status`` maps every class to one HTTP status and one gRPC code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class MeteoraError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class InvalidRequest(MeteoraError):
+    """A request that cannot be served as it is written.
+
+    Attributes:
+        param: The field at fault, as the caller wrote it, or None.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt and requested answer do not fit into the context."""
+
+
+class ExpertNotFound(InvalidRequest):
+    """The request names a model or an expert that is not served."""
+
+
+class Overloaded(MeteoraError):
+    """The queue is full; the request was not started."""
+
+
+class EngineUnavailable(MeteoraError):
+    """The ranks cannot answer: they are starting, stopping or broken."""
+
+
+class CheckpointError(MeteoraError):
+    """A file or folder on disk is not what it must be.
+
+    Attributes:
+        path: The file or folder at fault.
+    """
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class AdapterError(CheckpointError):
+    """A PEFT adapter that is damaged, or asks for what we do not do."""
+
+
+class BankError(CheckpointError):
+    """A bank that is damaged or does not fit its base model."""
+
+
+class ModelError(CheckpointError):
+    """A base model that is damaged, missing or of an unsupported shape."""
