@@ -1,0 +1,54 @@
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PROTO := meteora_dist/serving/proto
+
+.PHONY: help setup fetch-demo demo serve test format lint types imports unit wheel proto clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup:
+	@scripts/setup.sh
+
+fetch-demo: setup ## Fetch and convert the demo's base model into the user's cache (once)
+	@$(BIN)/meteora fetch-demo
+
+demo: fetch-demo ## Serve eight experts from two ranks and ask them over HTTP and gRPC
+	@$(BIN)/meteora demo
+
+serve: fetch-demo ## Serve the demo bank and stay up: HTTP on 8000, gRPC on 9000
+	@$(BIN)/meteora serve
+
+test: lint types imports unit wheel ## Run everything CI runs
+	@echo "all checks passed"
+
+lint: setup ## Check format and style (make format repairs)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup ## Format the code and repair what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: setup ## Check the types
+	$(BIN)/mypy --strict
+
+imports: setup ## Check who may import whom
+	$(BIN)/lint-imports --no-logo
+
+unit: setup ## Run the tests
+	$(BIN)/pytest
+
+wheel: setup ## Build the wheel and use it in a fresh environment
+	scripts/check_wheel.sh
+
+proto: setup ## Regenerate the gRPC stubs from the proto
+	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)/*.proto
+
+clean: ## Remove caches and build results; .venv and the fetched model stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -type d -prune -exec rm -rf {} +

@@ -1,0 +1,99 @@
+"""The ``meteora`` command: a table of commands, of which only the one that was asked for is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from meteora_dist import __version__
+from meteora_dist.errors import MeteoraError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Where a command lives.
+
+    Attributes:
+        words: What the user types after ``meteora``.
+        module: Imported only when the command is asked for: torch and ray take seconds.
+        function: Its typer function in that module.
+        summary: Its line in ``meteora --help``.
+    """
+
+    words: tuple[str, ...]
+    module: str
+    function: str
+    summary: str
+
+    def load(self) -> Callable[..., None]:
+        """Imports the module and returns the function."""
+        function: Callable[..., None] = getattr(importlib.import_module(self.module), self.function)
+        return function
+
+
+COMMANDS = (
+    Command(("fetch-demo",), "meteora_dist.cli.fetch_demo", "command", "Fetch and convert the demo's base model."),
+    Command(("demo",), "meteora_dist.cli.demo", "command", "Serve the demo bank from two ranks and question it."),
+    Command(("serve",), "meteora_dist.cli.serve", "command", "Serve a bank over HTTP and gRPC, and stay up."),
+    Command(("bench", "decode"), "meteora_dist.cli.bench", "decode", "Measure tokens per second of decoding."),
+)
+
+GROUPS = {"bench": "Measure how fast it is."}
+
+
+def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
+    """The typer application for one command line.
+
+    Args:
+        arguments: The command line without the program's name. The command it names is imported; the others are
+            listed in the help without being imported.
+        commands: The commands there are.
+    """
+    words = tuple(argument for argument in arguments if not argument.startswith("-"))
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_options)
+    groups: dict[str, typer.Typer] = {}
+    for command in commands:
+        *parents, name = command.words
+        home = app
+        for parent in parents:
+            if parent not in groups:
+                groups[parent] = typer.Typer(no_args_is_help=True, help=GROUPS[parent])
+                app.add_typer(groups[parent], name=parent)
+            home = groups[parent]
+        asked_for = words[: len(command.words)] == command.words
+        home.command(name, help=None if asked_for else command.summary)(command.load() if asked_for else _listed_only)
+    return app
+
+
+def main() -> None:
+    """Runs the command line; one of our own errors becomes one line on stderr and exit code 1."""
+    arguments = sys.argv[1:]
+    try:
+        build_app(arguments)(arguments)
+    except MeteoraError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """One LLM, many LoRA experts: the model picks its adapters token by token."""
+
+
+def _version(asked_for: bool) -> None:
+    if asked_for:
+        typer.echo(f"meteora {__version__}")
+        raise typer.Exit
+
+
+def _listed_only() -> None:
+    """Stands in the help for a command that this command line does not name."""
