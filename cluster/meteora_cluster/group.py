@@ -1,0 +1,146 @@
+"""A group of actors that start, live and end together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from meteora_cluster.errors import PlacementError, RankFailed
+from meteora_cluster.member import Member
+from meteora_cluster.placement import Resources, check_bundles, world_bundles
+from meteora_cluster.waiting import all_of, calls, reason_of
+
+
+class ActorGroup:
+    """The ranks of one world.
+
+    They are owned by the process that launched them, so they die with it, and none is restarted on its own: a world
+    that lost a rank is of no use.
+
+    Attributes:
+        actors: One handle a rank, in rank order; empty once stopped.
+    """
+
+    def __init__(self, actors: Sequence[ActorHandle[Any]], own_placement: PlacementGroup | None) -> None:
+        self.actors = tuple(actors)
+        self._own_placement = own_placement
+
+    @classmethod
+    async def launch(
+        cls,
+        member: type[Member],
+        arguments: Sequence[tuple[Any, ...]],
+        rank: Resources,
+        *,
+        placement: PlacementGroup | None = None,
+        driver: Resources | None = None,
+        timeout_s: float = 600.0,
+        max_concurrency: int = 1000,
+        env: Mapping[str, str] | None = None,
+    ) -> ActorGroup:
+        """Starts one actor a rank and returns once every one is ready.
+
+        Args:
+            member: The class of every rank.
+            arguments: Constructor arguments, one tuple a rank.
+            rank: What every rank reserves.
+            placement: The placement group to live in, bundle i for rank i. None makes one, removed by :meth:`stop`.
+            driver: What the launching process itself holds in bundle 0 of ``placement``.
+            timeout_s: Seconds for placing the ranks, and again for starting them.
+            max_concurrency: Calls one rank serves at a time.
+            env: Environment variables of the ranks' processes.
+
+        Raises:
+            PlacementError: The cluster has no room, or ``placement`` does not fit the world.
+            RankFailed: A rank raised or died while starting; carries what each said.
+            RankTimeout: A rank was not ready in time.
+        """
+        bundles = world_bundles(len(arguments), rank, driver)
+        if placement is not None:
+            check_bundles(placement.bundle_specs, bundles)
+            home, group = placement, cls((), None)
+        else:
+            home = await _placed(bundles, timeout_s)
+            group = cls((), home)
+        try:
+            group.actors = _create(member, arguments, rank, home, max_concurrency, env or {})
+            await group._meet(timeout_s)
+        except BaseException:
+            group.stop()
+            raise
+        return group
+
+    async def watch(self) -> RankFailed:
+        """Waits until the first rank stops working, and returns what it said."""
+        watches = calls([actor.watch.remote() for actor in self.actors])
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in watches:
+                task.cancel()
+        errors = {watches[task]: task.exception() for task in done}
+        reasons = {rank: reason_of(error) if error else "it stopped on its own" for rank, error in errors.items()}
+        return RankFailed("watching the ranks", reasons)
+
+    def stop(self) -> None:
+        """Kills every rank and gives the resources back; does nothing the second time."""
+        for actor in self.actors:
+            with contextlib.suppress(RayActorError, ValueError):
+                ray.kill(actor)
+        self.actors = ()
+        if self._own_placement is not None:
+            remove_placement_group(self._own_placement)
+            self._own_placement = None
+
+    async def _meet(self, timeout_s: float) -> None:
+        (meeting,) = await all_of([self.actors[0].rendezvous.remote()], "choosing the meeting point", timeout_s)
+        await all_of([actor.start.remote(meeting) for actor in self.actors], "starting the ranks", timeout_s)
+
+
+async def _placed(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
+    group: PlacementGroup = placement_group(bundles, strategy="PACK")
+    try:
+        await asyncio.wait_for(_ready(group), timeout_s)
+    except (TimeoutError, GetTimeoutError):
+        remove_placement_group(group)
+        total = {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+        message = f"no room for the bundles {bundles} within {timeout_s:.0f} s; the whole cluster has {total}"
+        raise PlacementError(message) from None
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+async def _ready(group: PlacementGroup) -> None:
+    await group.ready()
+
+
+def _create(
+    member: type[Member],
+    arguments: Sequence[tuple[Any, ...]],
+    rank: Resources,
+    placement: PlacementGroup,
+    max_concurrency: int,
+    env: Mapping[str, str],
+) -> tuple[ActorHandle[Any], ...]:
+    actor_class: Any = ray.remote(member)
+    return tuple(
+        actor_class.options(
+            num_cpus=rank.cpus,
+            num_gpus=rank.gpus,
+            max_restarts=0,
+            max_concurrency=max_concurrency,
+            runtime_env={"env_vars": dict(env)} if env else None,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index),
+        ).remote(*values)
+        for index, values in enumerate(arguments)
+    )

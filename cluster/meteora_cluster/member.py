@@ -1,0 +1,40 @@
+"""What a class must be able to do to be a rank of a group."""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+
+import ray.util
+
+RAY_WORKER_PORTS = range(10_002, 20_000)
+"""Ray hands these ports to its own workers at any time."""
+
+
+class Member(ABC):
+    """One rank: a plain class that :class:`~meteora_cluster.group.ActorGroup` runs as a Ray actor.
+
+    The constructor must return at once; the work that needs the other ranks belongs into :meth:`start`.
+    """
+
+    async def rendezvous(self) -> str:
+        """``host:port`` on this rank's node where the world can meet; asked of rank 0 only."""
+        return f"{ray.util.get_node_ip_address()}:{free_port()}"
+
+    @abstractmethod
+    async def start(self, rendezvous: str) -> None:
+        """Joins the world that meets at ``rendezvous`` (``host:port``) and returns once this rank is ready."""
+
+    @abstractmethod
+    async def watch(self) -> None:
+        """Runs for as long as this rank works, and raises when it no longer does."""
+
+
+def free_port(host: str = "") -> int:
+    """A TCP port nobody listens on, outside the range that Ray hands to its workers."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            port = int(probe.getsockname()[1])
+        if port not in RAY_WORKER_PORTS:
+            return port

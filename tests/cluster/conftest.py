@@ -1,0 +1,18 @@
+"""One small Ray for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from meteora_cluster.local import local_ray
+
+
+@pytest.fixture(scope="package")
+def own_ray() -> Iterator[None]:
+    """A Ray with two logical CPUs that is gone, with all its processes, when the folder's tests are done."""
+    with local_ray(cpus=2):
+        yield
+    assert not ray.is_initialized()

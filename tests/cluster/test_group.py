@@ -1,0 +1,117 @@
+"""Groups of real actors: they start together, tell what failed, notice a death and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+import ray
+from ray.util import placement_group, placement_group_table, remove_placement_group
+
+from meteora_cluster.errors import PlacementError, RankFailed, RankTimeout
+from meteora_cluster.group import ActorGroup
+from meteora_cluster.member import RAY_WORKER_PORTS, Member, free_port
+from meteora_cluster.placement import Resources, world_bundles
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]
+
+HALF = Resources(cpus=0.5)
+
+
+class Walker(Member):
+    """A rank that does what its plan says."""
+
+    def __init__(self, rank: int, plan: str = "work") -> None:
+        self.rank = rank
+        self.plan = plan
+        self.meeting = ""
+
+    async def start(self, rendezvous: str) -> None:
+        if self.plan == "refuse":
+            raise ValueError("no weights for layer 7")
+        if self.plan == "sleep":
+            await asyncio.sleep(3600)
+        self.meeting = rendezvous
+
+    async def watch(self) -> None:
+        await asyncio.sleep(0.2 if self.plan == "give up" else 3600)
+        raise RuntimeError("the loop ended")
+
+    async def about(self) -> tuple[int, str, int]:
+        return self.rank, self.meeting, os.getpid()
+
+
+async def test_every_rank_starts_with_its_own_arguments_and_the_same_meeting_point() -> None:
+    group = await ActorGroup.launch(Walker, [(0,), (1,), (2,)], HALF, timeout_s=60)
+    try:
+        about = await asyncio.gather(*(actor.about.remote() for actor in group.actors))
+    finally:
+        group.stop()
+    assert [rank for rank, _, _ in about] == [0, 1, 2]
+    assert len({pid for _, _, pid in about}) == 3
+    (meeting,) = {meeting for _, meeting, _ in about}
+    assert int(meeting.rpartition(":")[2]) not in RAY_WORKER_PORTS
+
+
+async def test_a_group_lives_in_a_given_placement_group_and_leaves_it_alone() -> None:
+    home = placement_group(world_bundles(2, HALF, driver=Resources(cpus=0.25)))
+    group = await ActorGroup.launch(
+        Walker, [(0,), (1,)], HALF, placement=home, driver=Resources(cpus=0.25), timeout_s=60
+    )
+    group.stop()
+    group.stop()
+    assert placement_group_table(home)["state"] == "CREATED"
+    remove_placement_group(home)
+
+
+async def test_the_error_of_a_start_carries_the_ranks_own_message() -> None:
+    with pytest.raises(RankFailed, match="rank 1: ValueError: no weights for layer 7") as caught:
+        await ActorGroup.launch(Walker, [(0, "sleep"), (1, "refuse")], HALF, timeout_s=60)
+    assert set(caught.value.reasons) == {1}
+    await _nothing_left()
+
+
+async def test_a_rank_that_never_gets_ready_is_named() -> None:
+    with pytest.raises(RankTimeout, match="no answer from rank 1 within 3 s"):
+        await ActorGroup.launch(Walker, [(0,), (1, "sleep")], HALF, timeout_s=3)
+    await _nothing_left()
+
+
+async def test_no_room_is_said_with_both_numbers() -> None:
+    with pytest.raises(PlacementError, match=r"CPU': 64.*the whole cluster has .*CPU"):
+        await ActorGroup.launch(Walker, [(0,)], Resources(cpus=64), timeout_s=1)
+
+
+async def test_a_killed_process_is_noticed_at_once() -> None:
+    group = await ActorGroup.launch(Walker, [(0,), (1,)], HALF, timeout_s=60)
+    try:
+        watch = asyncio.ensure_future(group.watch())
+        _, _, pid = await group.actors[1].about.remote()
+        os.kill(pid, signal.SIGKILL)
+        failed = await asyncio.wait_for(watch, timeout=5)
+    finally:
+        group.stop()
+    assert failed.reasons == {1: "its process ended"}
+    await _nothing_left()
+
+
+async def test_a_rank_that_gives_up_is_noticed_with_its_message() -> None:
+    group = await ActorGroup.launch(Walker, [(0,), (1, "give up")], HALF, timeout_s=60)
+    failed = await asyncio.wait_for(group.watch(), timeout=5)
+    group.stop()
+    assert failed.reasons == {1: "RuntimeError: the loop ended"}
+
+
+def test_free_ports_stay_out_of_rays_range() -> None:
+    assert all(free_port() not in RAY_WORKER_PORTS for _ in range(20))
+
+
+async def _nothing_left() -> None:
+    for _ in range(50):
+        cpus = ray.available_resources().get("CPU", 0.0)
+        if cpus == ray.cluster_resources()["CPU"]:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"only {cpus} CPUs came back")
