@@ -1,0 +1,175 @@
+"""One LoRA adapter in PEFT's format, checked from its config and header; matrices are read one module at a time.
+
+Shapes: R rank, H input features, O output features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meteora_dist.adapters.header import Header, TensorInfo, read_header
+from meteora_dist.adapters.json_file import read_json_object
+from meteora_dist.adapters.peft_config import LoraSettings, parse_settings
+from meteora_dist.adapters.tensors import is_floating, read_tensors
+from meteora_dist.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_A_SUFFIX = ".lora_A.weight"
+_B_SUFFIX = ".lora_B.weight"
+_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """The matrices of one linear: ``delta_TO = scale * (x_TH a_RH^T) b_OR^T``."""
+
+    a_RH: Tensor
+    b_OR: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """What is known of one linear's pair without reading it."""
+
+    rank: int
+    in_features: int
+    out_features: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter on disk, fully checked except for the values of its matrices.
+
+    Attributes:
+        path: Its folder.
+        digest: sha256, in hex, of its config and its weights file.
+        rank: r of its config; single modules may differ.
+        alpha: lora_alpha of its config; single modules may differ.
+        rslora: Whether scales are ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
+        shapes: By base-model module path, such as ``model.layers.0.self_attn.q_proj``.
+    """
+
+    path: Path
+    digest: str
+    rank: int
+    alpha: float
+    rslora: bool
+    shapes: Mapping[str, LoraShape]
+
+    def load(
+        self, module: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    ) -> LoraPair:
+        """Reads the pair of one linear.
+
+        Args:
+            module: A key of ``shapes``.
+            device: Where the matrices go.
+            dtype: What they become; None keeps the file's.
+
+        Raises:
+            AdapterError: When the adapter does not adapt ``module`` or its file can no longer be read.
+        """
+        if module not in self.shapes:
+            raise AdapterError(self.path, f"does not adapt the module {module!r}")
+        shape = self.shapes[module]
+        stem = f"{_PREFIX}{module}"
+        expected = {
+            stem + _A_SUFFIX: (shape.rank, shape.in_features),
+            stem + _B_SUFFIX: (shape.out_features, shape.rank),
+        }
+        a_RH, b_OR = read_tensors(self.path / WEIGHTS_FILE, expected, AdapterError)
+        return LoraPair(a_RH.to(device, dtype), b_OR.to(device, dtype), shape.scale)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Reads and checks an adapter's config and the header of its weights; no matrix is read.
+
+    Args:
+        folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them.
+
+    Raises:
+        AdapterError: When a file is missing or damaged, a field asks for something unsupported, or a tensor has no
+            place in a plain LoRA adapter of that config.
+    """
+    if not folder.is_dir():
+        raise AdapterError(folder, "there is no such folder")
+    weights = folder / WEIGHTS_FILE
+    config = read_json_object(folder / CONFIG_FILE, AdapterError)
+    settings = parse_settings(folder / CONFIG_FILE, config)
+    if not weights.exists() and (folder / "adapter_model.bin").exists():
+        raise AdapterError(folder, f"has adapter_model.bin, a pickle, which is never read; save it as {WEIGHTS_FILE}")
+    shapes = _shapes(weights, read_header(weights), settings)
+    return Adapter(folder, _digest(weights, config), settings.rank, settings.alpha, settings.rslora, shapes)
+
+
+def _digest(weights: Path, config: Mapping[str, Any]) -> str:
+    # The order of keys stays: it decides which of two matching rank patterns counts.
+    digest = hashlib.sha256(json.dumps(config, separators=(",", ":")).encode())
+    digest.update(b"\n")
+    try:
+        with weights.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as cause:
+        raise AdapterError(weights, f"cannot be read ({cause.strerror})") from cause
+    return digest.hexdigest()
+
+
+def _shapes(path: Path, header: Header, settings: LoraSettings) -> dict[str, LoraShape]:
+    a_infos = _modules(header, _A_SUFFIX)
+    b_infos = _modules(header, _B_SUFFIX)
+    used = {f"{_PREFIX}{module}{_A_SUFFIX}" for module in a_infos}
+    used |= {f"{_PREFIX}{module}{_B_SUFFIX}" for module in b_infos}
+    if foreign := [name for name in header.tensors if name not in used]:
+        raise AdapterError(path, f"holds tensors that plain LoRA on linears has no place for: {_listed(foreign)}")
+    if not used:
+        raise AdapterError(path, "holds no tensors; it must hold a lora_A and a lora_B per adapted linear")
+    for have, lack, missing in (
+        ("lora_A", "lora_B", a_infos.keys() - b_infos),
+        ("lora_B", "lora_A", b_infos.keys() - a_infos),
+    ):
+        if missing:
+            raise AdapterError(path, f"has {have} but no {lack} for {_listed(sorted(missing))}")
+    return {module: _shape(path, module, a_infos[module], b_infos[module], settings) for module in a_infos}
+
+
+def _modules(header: Header, suffix: str) -> dict[str, TensorInfo]:
+    start, stop = len(_PREFIX), -len(suffix)
+    return {
+        name[start:stop]: info
+        for name, info in header.tensors.items()
+        if name.startswith(_PREFIX) and name.endswith(suffix) and len(name) > start - stop
+    }
+
+
+def _shape(path: Path, module: str, a: TensorInfo, b: TensorInfo, settings: LoraSettings) -> LoraShape:
+    for label, info in (("lora_A", a), ("lora_B", b)):
+        if not is_floating(info.dtype):
+            raise AdapterError(path, f"{label} of {module} is {info.dtype}; it must be F32, F16, BF16 or F64")
+        if len(info.shape) != 2 or 0 in info.shape:
+            raise AdapterError(
+                path, f"{label} of {module} is {list(info.shape)}; it must be a matrix with no size zero"
+            )
+    rank = settings.rank_of(module)
+    if a.shape[0] != rank:
+        raise AdapterError(path, f"lora_A of {module} has rank {a.shape[0]}; {CONFIG_FILE} gives it rank {rank}")
+    if b.shape[1] != rank:
+        raise AdapterError(path, f"lora_B of {module} has rank {b.shape[1]}; {CONFIG_FILE} gives it rank {rank}")
+    return LoraShape(rank, a.shape[1], b.shape[0], settings.scale_of(module))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(repr(name) for name in names[:_NAMED]) + more
