@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt, field_validator
 
 from meteora_dist.config import StrictModel
+from meteora_dist.engine.mesh import Mesh
 
 
 class EngineConfig(StrictModel):
-    """The model, its bank, the mesh and the limits of one engine.
+    """The model, its bank, the mesh and the limits of one engine. Paths may hold ``~`` and environment variables.
 
     Attributes:
         model: Folder of the base model's checkpoint (config, safetensors, tokenizer).
@@ -35,4 +37,14 @@ class EngineConfig(StrictModel):
     max_batch_tokens: PositiveInt = 512
     max_batch_requests: PositiveInt = 32
     kv_cache_tokens: PositiveInt = 32_768
-    threads: PositiveInt = Field(default=1)
+    threads: PositiveInt = 1
+
+    @field_validator("model", "bank")
+    @classmethod
+    def _expand(cls, path: Path) -> Path:
+        return Path(os.path.expandvars(path)).expanduser()
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks' places."""
+        return Mesh(self.ep, self.tp)

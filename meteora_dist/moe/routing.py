@@ -49,12 +49,13 @@ def named(expert: int) -> RoutingChoice:
     return RoutingChoice(mode="fixed", experts=((expert, 1.0),))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class StepRouting:
     """The routing of one forward pass, for its packed tokens.
 
     Attributes:
         auto_T: True where the gates decide. None when they decide for all tokens.
+        gated: Whether the gates decide for any token.
         top_k_T: Experts the gates may pick, at most K. None when K for all.
         temperature_T1: Divides the chosen logits. None when 1 for all.
         ids_TK: Experts of the tokens the gates do not decide for, ``NO_EXPERT`` where unused.
@@ -63,6 +64,7 @@ class StepRouting:
     """
 
     auto_T: Tensor | None
+    gated: bool
     top_k_T: Tensor | None
     temperature_T1: Tensor | None
     ids_TK: Tensor
@@ -75,40 +77,44 @@ class StepRouting:
         return self.ids_TK.shape[1]
 
 
+def slots_of(choices: Sequence[RoutingChoice], num_experts: int) -> int:
+    """Expert slots a pass over these requests needs; 0 when none uses an expert."""
+    return max((min(choice.slots, num_experts) for choice in choices), default=0)
+
+
 def plan_step(
-    choices: Sequence[RoutingChoice], lengths: Sequence[int], num_experts: int, trace: bool, device: torch.device
-) -> StepRouting | None:
+    choices: Sequence[RoutingChoice],
+    lengths: Sequence[int],
+    num_experts: int,
+    slots: int,
+    trace: bool = False,
+) -> StepRouting:
     """The routing of a pass over requests packed one after another.
 
     Args:
         choices: Each request's choice.
         lengths: Each request's tokens in this pass.
         num_experts: E; ``top_k`` above it means all.
+        slots: K, at least ``slots_of(choices, num_experts)``; all ranks of a pass share it.
         trace: Whether to record shares.
-        device: Where the tensors go.
-
-    Returns:
-        The routing, or None when no token of the pass uses an expert.
     """
-    slots = max(min(choice.slots, num_experts) for choice in choices)
-    if slots == 0:
-        return None
     counts = torch.tensor(lengths)
 
     def spread(values: Sequence[object], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(counts, dim=0).to(device)
+        return torch.tensor(values, dtype=dtype).repeat_interleave(counts, dim=0)
 
     autos = [choice.mode == "auto" for choice in choices]
     top_ks = [min(choice.top_k, num_experts) if auto else slots for choice, auto in zip(choices, autos, strict=True)]
     temperatures = [choice.temperature if auto else 1.0 for choice, auto in zip(choices, autos, strict=True)]
-    pad = [(NO_EXPERT, 0.0)] * slots
-    fixed = [([*choice.experts, *pad] if choice.mode == "fixed" else pad)[:slots] for choice in choices]
+    empty = [(NO_EXPERT, 0.0)] * slots
+    fixed = [([*choice.experts, *empty] if choice.mode == "fixed" else empty)[:slots] for choice in choices]
     ids_TK = spread([[expert for expert, _ in row] for row in fixed], torch.long)
     return StepRouting(
         auto_T=None if all(autos) else spread(autos, torch.bool),
-        top_k_T=None if set(top_ks) == {slots} else spread(top_ks, torch.long),
-        temperature_T1=None if set(temperatures) == {1.0} else spread(temperatures, torch.float32)[:, None],
+        gated=any(autos),
+        top_k_T=None if set(top_ks) <= {slots} else spread(top_ks, torch.long),
+        temperature_T1=None if set(temperatures) <= {1.0} else spread(temperatures, torch.float32)[:, None],
         ids_TK=ids_TK,
         weights_TK=spread([[weight for _, weight in row] for row in fixed], torch.float32),
-        shares_TE=torch.zeros(ids_TK.shape[0], num_experts, device=device) if trace else None,
+        shares_TE=torch.zeros(ids_TK.shape[0], num_experts) if trace else None,
     )

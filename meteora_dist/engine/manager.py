@@ -1,0 +1,157 @@
+"""Continuous batching with routed experts: transformers' manager, stepping together with the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    BackgroundThreadStatus,
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+
+from meteora_dist.engine.request import GenerationRequest
+from meteora_dist.engine.sampling import RequestSampler
+from meteora_dist.moe.inject import RoutedModel
+from meteora_dist.moe.routing import StepRouting, plan_step, slots_of
+
+IDLE_WAIT_S = 0.02
+"""How long a rank without work waits for a request before it meets the others again."""
+
+Shares = tuple[float, ...]
+Deliver = Callable[[GenerationOutput, Shares | None], None]
+"""Receives a request's output so far and the shares of its newest token, on the generation thread."""
+
+
+class LockstepManager(ContinuousBatchingManager):
+    """One rank's batches. All ranks pass through every routed linear together, with or without tokens of their own."""
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        generation_config: GenerationConfig,
+        batching_config: ContinuousBatchingConfig,
+        deliver: Deliver,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Prepares the manager; ``start`` runs it.
+
+        Args:
+            routed: The model, its groups bound to the dispatcher of ``group``.
+            generation_config: Defaults of the model.
+            batching_config: Limits of batch and cache.
+            deliver: Receives every new token.
+            group: The expert-parallel ranks, or None for a rank alone.
+        """
+        super().__init__(routed.model, generation_config, batching_config)
+        self.logit_processor = RequestSampler()
+        self.output_router = _Router(self)
+        self._routed = routed
+        self._group = group
+        self._deliver = deliver
+        self._shares: dict[str, Shares] = {}
+
+    def submit(self, request: GenerationRequest, eos_token_id: int | list[int]) -> None:
+        """Queues a request; its tokens arrive at ``deliver``."""
+        self.add_request(
+            list(request.prompt_ids),
+            request_id=request.request_id,
+            max_new_tokens=request.max_tokens,
+            eos_token_id=eos_token_id,
+            streaming=True,
+            request=request,
+        )
+
+    def deliver(self, output: GenerationOutput) -> None:
+        """Passes on an output with the shares of its newest token."""
+        self._deliver(output, self._shares.pop(output.request_id, None))
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        """One step, taken by all ranks together; False ends the loop."""
+        ready = batch_processor.prepare_next_batch()
+        futures = batch_processor.inputs_and_outputs.requests_in_batch if ready else []
+        requests = [_request(future) for future in futures]
+        stopping = not ready and self.background_thread_status.local_status != BackgroundThreadStatus.DONT_STOP
+        needed = slots_of([request.routing for request in requests], self._routed.num_experts)
+        some_work, slots, some_stay = self._agree(ready, needed, not stopping)
+        if ready:
+            self._step(batch_processor, futures, requests, slots)
+        elif slots:
+            with torch.no_grad():
+                self._routed.serve(slots)
+        elif not some_work and some_stay:
+            self._wake_up_loop.wait(timeout=IDLE_WAIT_S if self._group is not None else 0.1)
+            self._wake_up_loop.clear()
+        return some_work or some_stay
+
+    def _agree(self, ready: bool, slots: int, staying: bool) -> tuple[bool, int, bool]:
+        """Across all ranks: whether any has a batch, the most expert slots any needs, whether any stays."""
+        if self._group is None:
+            return ready, slots, staying
+        votes = torch.tensor([int(ready), slots, int(staying)])
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
+        work, slots, stay = votes.tolist()
+        return bool(work), slots, bool(stay)
+
+    def _step(
+        self,
+        batch_processor: ContinuousBatchProcessor,
+        futures: list[FutureRequestState],
+        requests: list[GenerationRequest],
+        slots: int,
+    ) -> None:
+        lengths = [future.query_length for future in futures]
+        step = None
+        if slots:
+            choices = [request.routing for request in requests]
+            traced = any(request.trace for request in requests)
+            step = plan_step(choices, lengths, self._routed.num_experts, slots, traced)
+        with self._routed.context.routed(step):
+            self._generation_step()
+        self._keep_shares(futures, requests, lengths, step)
+        batch_processor.update_batch()
+
+    def _keep_shares(
+        self,
+        futures: list[FutureRequestState],
+        requests: list[GenerationRequest],
+        lengths: list[int],
+        step: StepRouting | None,
+    ) -> None:
+        """Notes the shares at each traced request's last position, which produced its new token."""
+        last = -1
+        for future, request, length in zip(futures, requests, lengths, strict=True):
+            last += length
+            if not (request.trace and future.has_new_token):
+                continue
+            if step is None or step.shares_TE is None:
+                self._shares[request.request_id] = (0.0,) * self._routed.num_experts
+            else:
+                shares_E = step.shares_TE[last] / self._routed.num_linears
+                self._shares[request.request_id] = tuple(shares_E.tolist())
+
+
+class _Router(OutputRouter):
+    """Hands outputs to the manager instead of a queue."""
+
+    def __init__(self, manager: LockstepManager) -> None:
+        super().__init__()
+        self._manager = manager
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self._manager.deliver(output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self._manager.deliver(output)
+
+
+def _request(future: FutureRequestState) -> GenerationRequest:
+    request = future.state.logit_processor_kwargs["request"]
+    assert isinstance(request, GenerationRequest), "submit puts the request there"
+    return request

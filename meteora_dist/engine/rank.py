@@ -1,0 +1,180 @@
+"""One rank of an engine: a base model, its share of the experts, and the loop that serves requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from meteora_dist.bank import Bank
+from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.manager import LockstepManager, Shares
+from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
+from meteora_dist.errors import EngineUnavailable
+from meteora_dist.model.load import load_base, torch_dtype
+from meteora_dist.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.placement import contiguous
+
+KV_PAGE_TOKENS = 64
+"""Tokens of a page of the KV cache."""
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+"""How long a rank waits for the others before it gives up."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request under way: where its events go, and how many tokens were sent."""
+
+    request: GenerationRequest
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[TokenEvent | EngineUnavailable] = field(default_factory=asyncio.Queue)
+    sent: int = 0
+
+
+class RankEngine:
+    """Serves requests on one rank, in lockstep with the other ranks of its world."""
+
+    def __init__(self, config: EngineConfig, rank: int = 0, rendezvous: str | None = None) -> None:
+        """Joins the world, loads base model and own experts, and starts the loop. Blocks until all of it is done.
+
+        Args:
+            config: What to serve.
+            rank: This rank's number in the mesh.
+            rendezvous: ``tcp://host:port`` where the ranks meet; None for a world of one.
+
+        Raises:
+            CheckpointError: Model or bank cannot be used; the message says why.
+        """
+        torch.set_num_threads(config.threads)
+        group = _join(config, rank, rendezvous)
+        self.routed = load_routed(config, rank, group)
+        self.generation_config = _generation_config(self.routed.model)
+        self._live: dict[str, _Live] = {}
+        self._manager = LockstepManager(
+            self.routed, self.generation_config, _batching_config(config), self._deliver, group
+        )
+        self._manager.start()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Yields the request's tokens as they are produced; closing the iterator cancels the request.
+
+        Raises:
+            EngineUnavailable: The loop has died, before or while the request ran.
+        """
+        self.check()
+        live = _Live(request, asyncio.get_running_loop())
+        self._live[request.request_id] = live
+        try:
+            self._manager.submit(request, -1 if request.ignore_eos else self._eos())
+            while True:
+                event = await live.events.get()
+                if isinstance(event, EngineUnavailable):
+                    raise event
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self.cancel(request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, if it is still under way, and frees its cache."""
+        if self._live.pop(request_id, None) is not None:
+            self._manager.cancel_request(request_id)
+
+    def check(self) -> None:
+        """Raises EngineUnavailable when the loop is not running."""
+        error = self._manager.background_thread_status.fatal_error
+        if error is not None or not self._manager.is_running():
+            raise EngineUnavailable(f"the generation loop is not running: {error or 'it was stopped'}")
+
+    def stop(self) -> None:
+        """Finishes live requests, leaves the world. All ranks have to stop."""
+        if self._manager.is_running():
+            self._manager.stop(block=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _eos(self) -> int | list[int]:
+        eos: int | list[int] = self.generation_config.eos_token_id
+        return eos
+
+    def _deliver(self, output: GenerationOutput, shares: Shares | None) -> None:
+        over = output.is_finished()
+        live = self._live.pop(output.request_id, None) if over else self._live.get(output.request_id)
+        if live is None:
+            return
+        for event in self._events(live, output, shares):
+            # The caller's loop may be gone already; then nobody waits for the event.
+            with contextlib.suppress(RuntimeError):
+                live.loop.call_soon_threadsafe(live.events.put_nowait, event)
+
+    def _events(
+        self, live: _Live, output: GenerationOutput, shares: Shares | None
+    ) -> list[TokenEvent | EngineUnavailable]:
+        events: list[TokenEvent | EngineUnavailable] = []
+        new = output.generated_tokens[live.sent :]
+        live.sent += len(new)
+        for left, token in zip(reversed(range(len(new))), new, strict=True):
+            done = left == 0 and output.is_finished() and output.error is None
+            events.append(TokenEvent(token, self._finish_reason(token, live.request) if done else None, shares))
+        if output.error is not None:
+            events.append(EngineUnavailable(f"the request was interrupted: {output.error}"))
+        return events
+
+    def _finish_reason(self, token: int, request: GenerationRequest) -> FinishReason:
+        eos = self._eos()
+        ended = token in eos if isinstance(eos, list) else token == eos
+        return "stop" if ended and not request.ignore_eos else "length"
+
+
+def load_routed(config: EngineConfig, rank: int, group: dist.ProcessGroup | None) -> RoutedModel:
+    """The base model with this rank's share of the bank's experts."""
+    dtype = torch_dtype(config.dtype)
+    bank = Bank.open(config.bank)
+    bank.check_base(config.model)
+    placement = contiguous(len(bank.names), config.ep)
+    dispatcher: Dispatcher = LocalDispatcher() if group is None else AllToAllDispatcher(placement, group)
+    experts = placement.experts_of(config.mesh.ep_rank(rank))
+    return inject(load_base(config.model, dtype), bank, dispatcher, experts, dtype)
+
+
+def _join(config: EngineConfig, rank: int, rendezvous: str | None) -> dist.ProcessGroup | None:
+    if rendezvous is None:
+        if config.mesh.size > 1:
+            raise ValueError(f"a world of {config.mesh.size} ranks needs a rendezvous address")
+        return None
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=config.mesh.size, timeout=COLLECTIVE_TIMEOUT
+    )
+    return dist.group.WORLD
+
+
+def _generation_config(model: torch.nn.Module) -> GenerationConfig:
+    assert isinstance(model, PreTrainedModel), "load_base returns one"
+    generation_config = GenerationConfig.from_model_config(model.config)
+    generation_config.eos_token_id = model.generation_config.eos_token_id
+    # Greedy here means argmax of the scores; RequestSampler has put each request's noise into them.
+    generation_config.do_sample = False
+    return generation_config
+
+
+def _batching_config(config: EngineConfig) -> ContinuousBatchingConfig:
+    return ContinuousBatchingConfig(
+        page_size=KV_PAGE_TOKENS,
+        num_blocks=-(-config.kv_cache_tokens // KV_PAGE_TOKENS),
+        max_batch_tokens=config.max_batch_tokens,
+        max_requests_per_batch=config.max_batch_requests,
+        # Cached keys and values depend on the routing choice, which transformers' block hash does not cover.
+        allow_block_sharing=False,
+        use_async_batching=False,
+        use_cuda_graph=False,
+        auto_switch_to_flash=False,
+    )

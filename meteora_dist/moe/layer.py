@@ -1,0 +1,125 @@
+"""Routed linears: a base linear plus what its routed experts add.
+
+Linears that read the same input form a group, which routes and exchanges once for all of them.
+Shapes: T tokens, H input width, N linears of the group, E experts, K slots, P = N * E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from meteora_kernels.routed_lora.plan import plan
+from meteora_kernels.routed_lora.stack import LoraStack
+from torch import Tensor, nn
+
+from meteora_dist.moe.dispatcher import Dispatcher
+from meteora_dist.moe.gate import route
+from meteora_dist.moe.routing import NO_EXPERT, StepRouting
+
+
+class RoutingContext:
+    """Tells every routed linear of a model how the pass under way is routed; None means the plain base model."""
+
+    def __init__(self) -> None:
+        """Starts outside any pass."""
+        self.step: StepRouting | None = None
+
+    @contextmanager
+    def routed(self, step: StepRouting | None) -> Iterator[None]:
+        """Routes the passes run inside by ``step``."""
+        self.step = step
+        try:
+            yield
+        finally:
+            self.step = None
+
+
+class RoutedGroup(nn.Module):
+    """The gates and this rank's experts of N linears that share one input."""
+
+    gate_PH: Tensor
+
+    def __init__(
+        self, names: tuple[str, ...], gate_PH: Tensor, stack: LoraStack, dispatcher: Dispatcher, context: RoutingContext
+    ) -> None:
+        """Joins gates and experts.
+
+        Args:
+            names: Module paths of the N linears, in the order the block calls them.
+            gate_PH: Their gates, fp32, over all experts of the bank; rows ordered by linear, then expert.
+            stack: Their pairs for the experts of this rank, in local order.
+            dispatcher: Brings rows to experts.
+            context: Says how the pass is routed.
+        """
+        super().__init__()
+        self.names = names
+        self.register_buffer("gate_PH", gate_PH, persistent=False)
+        self.stack = stack
+        self._dispatcher = dispatcher
+        self._context = context
+        self._operator = plan(max(stack.columns))
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, ...] | None:
+        """The N deltas [T, O_n] for the pass under way; None when it uses no expert."""
+        step = self._context.step
+        if step is None:
+            return None
+        ids_TNK, weights_TNK = route(x_TH, self.gate_PH, len(self.names), step)
+        if step.shares_TE is not None:
+            step.shares_TE.scatter_add_(1, ids_TNK.flatten(1).clamp_min(0), weights_TNK.flatten(1))
+        return self._exchange(x_TH, ids_TNK, weights_TNK)
+
+    def serve(self, slots: int) -> None:
+        """Serves this rank's experts to the others' pass of K = ``slots``, bringing no rows of its own."""
+        ids_TNK = torch.full((0, len(self.names), slots), NO_EXPERT)
+        self._exchange(self.stack.a_CH.new_empty(0, self.stack.a_CH.shape[1]), ids_TNK, ids_TNK.float())
+
+    def _exchange(self, x_TH: Tensor, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
+        sent = self._dispatcher.dispatch(x_TH, ids_TNK, weights_TNK)
+        deltas_MO = self._operator(sent.rows_MH, self.stack, sent.local_ids_MNK, sent.weights_MNK)
+        return self._dispatcher.combine(deltas_MO, sent.exchange)
+
+
+class SharedDeltas:
+    """Hands a group's deltas to its linears: the first to be called computes them for all."""
+
+    def __init__(self, group: RoutedGroup) -> None:
+        """Serves the linears of ``group``."""
+        self.group = group
+        self._input: Tensor | None = None
+        self._deltas: tuple[Tensor, ...] | None = None
+
+    def take(self, index: int, x: Tensor) -> Tensor | None:
+        """The delta of linear ``index`` for input x [..., H], or None when the pass uses no expert.
+
+        Raises:
+            RuntimeError: The block called its linears in another order, or not with one shared input.
+        """
+        if index == 0:
+            self._input, self._deltas = x, self.group(x.reshape(-1, x.shape[-1]))
+        elif x is not self._input:
+            names = self.group.names
+            raise RuntimeError(f"{names[index]} must be called right after {names[0]}, with the very same input")
+        deltas = self._deltas
+        if index + 1 == len(self.group.names):
+            self._input = self._deltas = None
+        return None if deltas is None else deltas[index]
+
+
+class RoutedLinear(nn.Module):
+    """A base linear with routed experts: ``y = x W^T + sum_k w_k s_e (x A_e^T) B_e^T`` (MeteoRA, equation 3)."""
+
+    def __init__(self, base_layer: nn.Linear, shared: SharedDeltas, index: int) -> None:
+        """Wraps ``base_layer`` as linear number ``index`` of its group."""
+        super().__init__()
+        self.base_layer = base_layer
+        self._shared = shared
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., O] of x [..., H]."""
+        y: Tensor = self.base_layer(x)
+        delta_TO = self._shared.take(self._index, x)
+        return y if delta_TO is None else y + delta_TO.view_as(y)
