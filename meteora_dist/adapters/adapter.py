@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meteora_dist.adapters.files import read_json_object, sha256_file
 from meteora_dist.adapters.header import Header, TensorInfo, read_header
-from meteora_dist.adapters.json_file import read_json_object
 from meteora_dist.adapters.peft_config import LoraSettings, parse_settings
 from meteora_dist.adapters.tensors import is_floating, read_tensors
 from meteora_dist.errors import AdapterError
@@ -117,14 +117,8 @@ def read_adapter(folder: Path) -> Adapter:
 
 def _digest(weights: Path, config: Mapping[str, Any]) -> str:
     # The order of keys stays: it decides which of two matching rank patterns counts.
-    digest = hashlib.sha256(json.dumps(config, separators=(",", ":")).encode())
-    digest.update(b"\n")
-    try:
-        with weights.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    except OSError as cause:
-        raise AdapterError(weights, f"cannot be read ({cause.strerror})") from cause
-    return digest.hexdigest()
+    text = json.dumps(config, separators=(",", ":"))
+    return hashlib.sha256(f"{text}\n{sha256_file(weights, AdapterError)}".encode()).hexdigest()
 
 
 def _shapes(path: Path, header: Header, settings: LoraSettings) -> dict[str, LoraShape]:

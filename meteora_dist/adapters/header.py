@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meteora_dist.adapters.json_file import parse_json_object
+from meteora_dist.adapters.files import parse_json_object
 from meteora_dist.errors import AdapterError, CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000

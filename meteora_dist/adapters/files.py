@@ -1,7 +1,8 @@
-"""JSON objects from files we did not write: bounded, without duplicate keys, NaN or Infinity."""
+"""Files we did not write: small ones read with a bound, JSON without duplicate keys or NaN, and digests."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,16 +34,29 @@ def parse_json_object(text: bytes, path: Path, what: str, error: type[Checkpoint
 
 def read_json_object(path: Path, error: type[CheckpointError]) -> dict[str, Any]:
     """The JSON object in the file ``path``; ``error`` when it is missing, too large or no JSON object."""
+    return parse_json_object(read_bytes(path, error), path, "the file", error)
+
+
+def read_bytes(path: Path, error: type[CheckpointError]) -> bytes:
+    """The content of a small file; ``error`` when it is missing, unreadable or larger than 16 MiB."""
     try:
         if not path.is_file():
             raise error(path, "there is no such file")
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise error(path, f"the file has {size} bytes; at most {MAX_JSON_BYTES} are read")
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as cause:
         raise error(path, f"cannot be read ({cause.strerror})") from cause
-    return parse_json_object(text, path, "the file", error)
+
+
+def sha256_file(path: Path, error: type[CheckpointError]) -> str:
+    """sha256, in hex, of the file's bytes; ``error`` when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as cause:
+        raise error(path, f"cannot be read ({cause.strerror})") from cause
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""A bank on disk: several LoRA experts of one base model and the gates that choose among them.
+
+Shapes: E experts, H input features, O output features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meteora_dist.adapters import Adapter, LoraPair, read_adapter
+from meteora_dist.adapters.files import sha256_file
+from meteora_dist.adapters.header import read_header
+from meteora_dist.adapters.tensors import read_tensors
+from meteora_dist.bank.fingerprint import fingerprint
+from meteora_dist.bank.gates import GATES_FILE, check_dtypes, check_rows, check_shapes, model_order
+from meteora_dist.bank.manifest import BankManifest, ExpertEntry, read_manifest
+from meteora_dist.errors import BankError
+
+MANIFEST_FILE = "bank.json"
+EXPERTS_FOLDER = "experts"
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """An opened bank: consistent with its digests and in itself; matrices are read when they are asked for.
+
+    Attributes:
+        path: Its folder.
+        manifest: Its bank.json.
+        adapters: In expert order.
+        gate_shapes: [E, H] of every gate, by linear, in model order.
+    """
+
+    path: Path
+    manifest: BankManifest
+    adapters: tuple[Adapter, ...]
+    gate_shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def open(cls, path: Path) -> Bank:
+        """Opens and checks a bank: every file is hashed once, no tensor is loaded.
+
+        Args:
+            path: The bank's folder.
+
+        Raises:
+            BankError: When bank.json or the gates are damaged or do not belong to the experts.
+            AdapterError: When an expert is damaged or asks for something unsupported.
+        """
+        if not path.is_dir():
+            raise BankError(path, "there is no such folder")
+        manifest = read_manifest(path / MANIFEST_FILE)
+        experts = _open_experts(path, manifest)
+        gates = path / GATES_FILE
+        header = read_header(gates, BankError)
+        check_rows(gates, header, {expert.name: expert.digest for expert in manifest.experts})
+        check_dtypes(gates, header)
+        check_shapes(gates, {name: info.shape for name, info in header.tensors.items()}, experts)
+        digest = sha256_file(gates, BankError)
+        if digest != manifest.gate_digest:
+            raise BankError(gates, f"its sha256 is {digest}; bank.json gives gate_digest {manifest.gate_digest}")
+        shapes = {name: header.tensors[name].shape for name in model_order(header.tensors)}
+        return cls(path, manifest, tuple(experts.values()), shapes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the E experts, in the order of the gates' rows."""
+        return tuple(expert.name for expert in self.manifest.experts)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Base-model module paths of the linears that at least one expert adapts, in model order."""
+        return tuple(self.gate_shapes)
+
+    def gate(self, linear: str) -> Tensor:
+        """Reads the gate of ``linear``: [E, H], fp32, on the CPU.
+
+        Raises:
+            BankError: When no expert adapts ``linear`` or the file can no longer be read.
+        """
+        self._check_linear(linear)
+        gate_EH = read_tensors(self.path / GATES_FILE, {linear: self.gate_shapes[linear]}, BankError)[0]
+        return gate_EH.float()
+
+    def pair(
+        self,
+        linear: str,
+        expert: int,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> LoraPair | None:
+        """Reads the matrices of one expert at one linear, and nothing of the other experts.
+
+        Args:
+            linear: One of ``linears``.
+            expert: Index into ``names``.
+            dtype: What the matrices become; None keeps the file's.
+            device: Where they go.
+
+        Returns:
+            a_RH, b_OR and their scale, or None when the expert does not adapt this linear.
+
+        Raises:
+            BankError: When no expert adapts ``linear``.
+            AdapterError: When the expert's file can no longer be read.
+        """
+        self._check_linear(linear)
+        adapter = self.adapters[expert]
+        return adapter.load(linear, device, dtype) if linear in adapter.shapes else None
+
+    def check_base(self, model_folder: Path) -> None:
+        """Checks that ``model_folder`` holds the base model the bank was made for.
+
+        Raises:
+            BankError: When it is another one; names both fingerprints.
+            ModelError: When its files are missing or damaged.
+        """
+        found = fingerprint(model_folder)
+        if found != self.manifest.base_fingerprint:
+            raise BankError(
+                self.path,
+                f"was made for the base model {self.manifest.base_model} with fingerprint "
+                f"{self.manifest.base_fingerprint}; {model_folder} has fingerprint {found}",
+            )
+
+    def _check_linear(self, linear: str) -> None:
+        if linear not in self.gate_shapes:
+            raise BankError(self.path, f"no expert adapts the linear {linear!r}")
+
+
+def describe(name: str, adapter: Adapter) -> ExpertEntry:
+    """The entry of bank.json for ``adapter`` under ``name``."""
+    return ExpertEntry(
+        name=name,
+        digest=adapter.digest,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        rslora=adapter.rslora,
+        targets=tuple(sorted({linear.rpartition(".")[2] for linear in adapter.shapes})),
+    )
+
+
+def _open_experts(path: Path, manifest: BankManifest) -> dict[str, Adapter]:
+    experts: dict[str, Adapter] = {}
+    owners = {entry.digest: entry.name for entry in manifest.experts}
+    for entry in manifest.experts:
+        folder = path / EXPERTS_FOLDER / entry.name
+        experts[entry.name] = adapter = read_adapter(folder)
+        if adapter.digest != entry.digest:
+            owner = owners.get(adapter.digest)
+            whose = f" (it is the adapter bank.json lists as {owner})" if owner else ""
+            raise BankError(
+                folder, f"the adapter's digest is {adapter.digest}{whose}; bank.json gives {entry.name} {entry.digest}"
+            )
+        found = describe(entry.name, adapter)
+        if found != entry:
+            differing = [field for field in ExpertEntry.model_fields if getattr(found, field) != getattr(entry, field)]
+            raise BankError(
+                path / MANIFEST_FILE,
+                f"gives expert {entry.name} "
+                + ", ".join(
+                    f"{field} {getattr(entry, field)}; its adapter has {getattr(found, field)}" for field in differing
+                ),
+            )
+    return experts
