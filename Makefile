@@ -4,8 +4,8 @@ SHELL := /usr/bin/env bash
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-PROTO := meteora_dist/serving/proto
 
+.NOTPARALLEL:
 .PHONY: help setup fetch-demo demo serve test format lint types imports unit wheel proto clean
 
 help: ## List the targets
@@ -47,7 +47,7 @@ wheel: setup ## Build the wheel and use it in a fresh environment
 	scripts/check_wheel.sh
 
 proto: setup ## Regenerate the gRPC stubs from the proto
-	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)/*.proto
+	$(BIN)/python -m meteora_dist.serving.proto.generate
 
 clean: ## Remove caches and build results; .venv and the fetched model stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

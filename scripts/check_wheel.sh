@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 
 python=$PWD/.venv/bin/python
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'rm -rf "$work" build' EXIT
+rm -rf build # setuptools would pack what an earlier build left there
 
 "$python" -m build --wheel --no-isolation --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 "$python" -m venv --without-pip "$work/venv"
