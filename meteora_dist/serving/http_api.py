@@ -1,0 +1,123 @@
+"""The OpenAI-compatible HTTP interface."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from http import HTTPStatus
+from time import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from meteora_dist import __version__
+from meteora_dist.errors import MeteoraError
+from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
+from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
+from meteora_dist.serving.request import Piece, collect
+from meteora_dist.serving.service import TextService
+from meteora_dist.serving.status import METHOD_NOT_ALLOWED, NO_SUCH_ROUTE, Failure, failure_of
+
+logger = logging.getLogger(__name__)
+
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def create_api(service: TextService) -> FastAPI:
+    """The application: every answer is JSON or a stream of server-sent events, every error an OpenAI error object."""
+    api = FastAPI(title="meteora", version=__version__, docs_url=None, redoc_url=None)
+    started = int(time())
+
+    @api.post("/v1/completions", openapi_extra=_body(CompletionBody))
+    async def completions(request: Request) -> Response:
+        return await _answer(service, parse(CompletionBody, await request.body()))
+
+    @api.post("/v1/chat/completions", openapi_extra=_body(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(service, parse(ChatBody, await request.body()))
+
+    @api.get("/v1/models")
+    async def models() -> Json:
+        return {"object": "list", "data": [_model(name, started) for name in service.catalog.models]}
+
+    @api.get("/v1/models/{name}")
+    async def model(name: str) -> Json:
+        service.catalog.check(name)
+        return _model(name, started)
+
+    @api.get("/healthz")
+    async def healthz() -> Json:
+        service.check()
+        return {"status": "ok"}
+
+    api.add_exception_handler(MeteoraError, _on_error)
+    api.add_exception_handler(Exception, _on_error)
+    api.add_exception_handler(HTTPException, _on_http_error)
+    return api
+
+
+async def _answer(service: TextService, body: CompletionBody | ChatBody) -> Response:
+    prepared = await service.prepare(body.to_request())
+    reply = Reply(prepared, service.catalog.experts, isinstance(body, ChatBody))
+    pieces = service.pieces(prepared)
+    if not body.stream:
+        async with aclosing(pieces):
+            return JSONResponse(reply.whole(await collect(pieces)))
+    # Waiting for the first piece gives errors of the start their own status.
+    first = await anext(pieces)
+    events = _events(reply, first, pieces, body.include_usage)
+    return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+
+
+async def _events(
+    reply: Reply, first: Piece, pieces: AsyncGenerator[Piece, None], include_usage: bool
+) -> AsyncGenerator[str, None]:
+    async with aclosing(pieces):
+        try:
+            piece = first
+            yield event(reply.chunk(piece, first=True))
+            async for piece in pieces:
+                if piece.text or piece.tokens or piece.ending:
+                    yield event(reply.chunk(piece, first=False))
+            if include_usage and piece.ending:
+                yield event(reply.usage_chunk(piece.ending))
+            yield DONE
+        except Exception as error:
+            # The status is out already: the error becomes the last event.
+            yield event(_failure(error).body())
+
+
+def _model(name: str, created: int) -> Json:
+    return {"id": name, "object": "model", "created": created, "owned_by": "meteora"}
+
+
+def _body(model: type[CompletionBody] | type[ChatBody]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _failure(error: Exception) -> Failure:
+    failure = failure_of(error)
+    if failure.status.http == HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("a request failed", exc_info=error)
+    return failure
+
+
+async def _on_error(_: Request, error: Exception) -> Response:
+    failure = _failure(error)
+    return JSONResponse(failure.body(), failure.status.http, failure.headers())
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "registered for it"
+    url, method = request.url.path, request.method
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        failure = Failure(NO_SUCH_ROUTE, f"there is no {url} here")
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        failure = Failure(METHOD_NOT_ALLOWED, f"{url} does not take {method}")
+    else:
+        return await _on_error(request, error)
+    return JSONResponse(failure.body(), failure.status.http, dict(error.headers or {}))

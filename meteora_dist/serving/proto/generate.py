@@ -1,0 +1,54 @@
+"""Writes the Python stubs beside their proto: ``python -m meteora_dist.serving.proto.generate``.
+
+Needs ``grpcio-tools``. Generated code refuses an older ``grpcio`` or ``protobuf`` than the one it was made with.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parent
+PROTO = Path("meteora/v1/inference.proto")
+SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
+
+
+def generate(target: Path) -> list[Path]:
+    """Generates the stubs.
+
+    protoc imports its own output by the proto's path; inside this package that path has a prefix.
+
+    Args:
+        target: Folder that gets ``meteora/v1/inference*``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        RuntimeError: protoc refused the proto; it has said why on stderr.
+    """
+    from grpc_tools import protoc
+
+    outputs = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
+    if protoc.main(["protoc", f"--proto_path={ROOT}", *outputs, str(PROTO)]) != 0:
+        raise RuntimeError(f"protoc refused {ROOT / PROTO}")
+    stubs = [target / PROTO.with_name(PROTO.stem + suffix) for suffix in SUFFIXES]
+    for stub in stubs:
+        code = stub.read_text().replace("from meteora.v1 import", f"from {__package__}.meteora.v1 import")
+        stub.write_text(f"# mypy: ignore-errors\n{code}")
+    return stubs
+
+
+def main() -> None:
+    """Regenerates the committed stubs."""
+    with TemporaryDirectory() as folder:
+        for stub in generate(Path(folder)):
+            home = ROOT / stub.relative_to(folder)
+            shutil.copyfile(stub, home)
+            sys.stdout.write(f"{home}\n")
+
+
+if __name__ == "__main__":
+    main()

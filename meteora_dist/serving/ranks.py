@@ -1,0 +1,60 @@
+"""One rank of the world as a Ray actor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from meteora_cluster.member import Member
+from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.request import GenerationRequest, TokenEvent
+from meteora_dist.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    from meteora_dist.engine.rank import RankEngine
+
+_CHECK_EVERY_S = 0.2
+
+
+class RankActor(Member):
+    """Runs one :class:`~meteora_dist.engine.rank.RankEngine` for a replica in another process."""
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        self._config = config
+        self._rank = rank
+        self._engine: RankEngine | None = None
+
+    async def start(self, rendezvous: str) -> None:
+        """Loads the model and this rank's experts; returns when all ranks have met at ``rendezvous``."""
+        meeting = f"tcp://{rendezvous}" if self._config.mesh.size > 1 else None
+        try:
+            self._engine = await asyncio.to_thread(_load, self._config, self._rank, meeting)
+        except Exception as error:
+            # Plain text crosses processes whatever the error is made of.
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+    async def watch(self) -> None:
+        """Runs for as long as the generation loop does; raises EngineUnavailable when it has died."""
+        while True:
+            self._running().check()
+            await asyncio.sleep(_CHECK_EVERY_S)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Yields the request's tokens; cancelling the call frees what it holds on this rank."""
+        async with aclosing(self._running().generate(request)) as events:
+            async for event in events:
+                yield event
+
+    def _running(self) -> RankEngine:
+        if self._engine is None:
+            raise EngineUnavailable("this rank has not started yet")
+        return self._engine
+
+
+def _load(config: EngineConfig, rank: int, meeting: str | None) -> RankEngine:
+    # Imported here: the replica knows this module too, and has no use for the engine's libraries.
+    from meteora_dist.engine.rank import RankEngine
+
+    return RankEngine(config, rank, meeting)

@@ -1,0 +1,56 @@
+"""One replica of the service: it speaks HTTP and gRPC, and owns the ranks."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import FastAPI
+from ray.util import get_current_placement_group
+
+from meteora_dist.bank import Bank
+from meteora_dist.serving.catalog import Catalog
+from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.grpc_api import GrpcMethods
+from meteora_dist.serving.http_api import create_api
+from meteora_dist.serving.service import TextService
+from meteora_dist.serving.tokenizer import TextTokenizer
+from meteora_dist.serving.world import World
+
+
+class Server(GrpcMethods):
+    """The class behind the Serve deployment; plain, so that it runs without Serve as well."""
+
+    async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
+        """Reads bank and tokenizer, starts the ranks, and returns when every one is ready.
+
+        Args:
+            config: The service's configuration. Its ranks live in this process's placement group when it has one.
+
+        Raises:
+            CheckpointError: The model or the bank cannot be used.
+            ClusterError: The ranks could not be placed or did not start.
+        """
+        bank, tokenizer = await asyncio.to_thread(open_model, config)
+        self._world = await World.launch(config, get_current_placement_group())
+        self.service = TextService(
+            self._world, tokenizer, Catalog(bank.manifest), config.max_model_len, config.max_live_requests
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201
+        """The HTTP application; Serve calls this after the constructor."""
+        return create_api(self.service)
+
+    async def check_health(self) -> None:
+        """Raises when a rank is lost: Serve then replaces this replica."""
+        self._world.check()
+
+
+def open_model(config: ServiceConfig) -> tuple[Bank, TextTokenizer]:
+    """The bank, checked against its base model, and the model's tokenizer.
+
+    Raises:
+        CheckpointError: One of them cannot be used.
+    """
+    bank = Bank.open(config.bank)
+    bank.check_base(config.model)
+    return bank, TextTokenizer.open(config.model)

@@ -1,0 +1,89 @@
+"""What each of our errors is called on the wire: one HTTP status, one OpenAI type and code, one gRPC code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from meteora_dist.errors import (
+    EngineUnavailable,
+    ExpertNotFound,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How one kind of error reaches a caller.
+
+    Attributes:
+        http: HTTP status.
+        type: ``error.type`` of the OpenAI error object.
+        code: ``error.code`` of the OpenAI error object.
+        grpc: gRPC status code.
+        retry_after_s: Seconds after which trying again makes sense; None when it never does.
+    """
+
+    http: int
+    type: str
+    code: str
+    grpc: grpc.StatusCode
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One error, ready for either protocol.
+
+    Attributes:
+        status: What kind it is.
+        message: What the caller reads.
+        param: The field at fault, or None.
+    """
+
+    status: Status
+    message: str
+    param: str | None = None
+
+    def body(self) -> dict[str, object]:
+        """The OpenAI error object."""
+        error = {
+            "message": self.message,
+            "type": self.status.type,
+            "param": self.param,
+            "code": self.status.code,
+        }
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that go with it."""
+        after = self.status.retry_after_s
+        return {} if after is None else {"Retry-After": str(after)}
+
+
+_INVALID = "invalid_request_error"
+
+INTERNAL = Status(500, "server_error", "internal_error", grpc.StatusCode.INTERNAL)
+NO_SUCH_ROUTE = Status(404, _INVALID, "unknown_url", grpc.StatusCode.UNIMPLEMENTED)
+METHOD_NOT_ALLOWED = Status(405, _INVALID, "method_not_allowed", grpc.StatusCode.UNIMPLEMENTED)
+
+STATUS_OF: dict[type[BaseException], Status] = {
+    InvalidRequest: Status(400, _INVALID, "invalid_value", grpc.StatusCode.INVALID_ARGUMENT),
+    PromptTooLong: Status(400, _INVALID, "context_length_exceeded", grpc.StatusCode.INVALID_ARGUMENT),
+    ExpertNotFound: Status(404, _INVALID, "model_not_found", grpc.StatusCode.NOT_FOUND),
+    Overloaded: Status(429, "overloaded_error", "overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED, 1),
+    EngineUnavailable: Status(503, "service_unavailable_error", "engine_unavailable", grpc.StatusCode.UNAVAILABLE, 5),
+    # Whatever else we raise on purpose (a broken checkpoint, say) names files of the server: callers get no detail.
+    BaseException: INTERNAL,
+}
+
+
+def failure_of(error: BaseException) -> Failure:
+    """How an error reaches the caller: the row of its nearest class; internal errors tell no detail."""
+    status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+    if status is INTERNAL:
+        return Failure(INTERNAL, "the service failed to answer this request; its log says why")
+    return Failure(status, str(error), error.param if isinstance(error, InvalidRequest) else None)

@@ -1,0 +1,48 @@
+"""From produced tokens to pieces of an answer: text, stop texts, routing and usage of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
+from meteora_dist.serving.request import Ending, Piece, TokenTrace
+from meteora_dist.serving.stop import StopScanner
+from meteora_dist.serving.tokenizer import Detokenizer
+
+
+class Transcript:
+    """What one request has produced so far."""
+
+    def __init__(
+        self, request: GenerationRequest, detokenizer: Detokenizer, stops: Sequence[str], experts: Sequence[str]
+    ) -> None:
+        self._prompt_tokens = len(request.prompt_ids)
+        self._detokenizer = detokenizer
+        self._scanner = StopScanner(stops)
+        self._experts = experts
+        self._produced = 0
+        self._sums = [0.0] * len(experts)
+
+    def push(self, event: TokenEvent) -> Piece:
+        """The piece that one more token makes."""
+        self._produced += 1
+        completed = self._detokenizer.push(event.token_id)
+        text = self._scanner.push(completed)
+        if event.finish_reason is not None and not self._scanner.stopped:
+            text += self._scanner.push(self._detokenizer.flush())
+            text += self._scanner.flush()
+        return Piece(text, self._trace(event, completed), self._dominating(), self._ending(event.finish_reason))
+
+    def _trace(self, event: TokenEvent, completed: str) -> tuple[TokenTrace, ...]:
+        if event.shares is None:
+            return ()
+        self._sums = [total + share for total, share in zip(self._sums, event.shares, strict=True)]
+        return (TokenTrace(completed, event.token_id, event.shares),)
+
+    def _dominating(self) -> str | None:
+        largest = max(self._sums, default=0.0)
+        return self._experts[self._sums.index(largest)] if largest > 0 else None
+
+    def _ending(self, engine_says: FinishReason | None) -> Ending | None:
+        reason: FinishReason | None = "stop" if self._scanner.stopped else engine_says
+        return Ending(reason, self._prompt_tokens, self._produced) if reason is not None else None
