@@ -38,7 +38,7 @@ _FOREIGN_STARTS: Mapping[bytes, str] = {
     b"\x80\x04": "a pickle, which is never read",
     b"\x80\x05": "a pickle, which is never read",
     b"GGUF": "a GGUF file",
-    b"version ": "a Git LFS pointer; fetch the real file with `git lfs pull`",
+    b"version ": "a Git LFS pointer (`git lfs pull` fetches the file)",
 }
 
 
@@ -102,16 +102,13 @@ def read_header(path: Path, error: type[CheckpointError] = AdapterError) -> Head
 
 
 def _header_length(start: bytes, size: int, path: Path, error: type[CheckpointError]) -> int:
-    for prefix, what in _FOREIGN_STARTS.items():
-        if start.startswith(prefix):
-            raise error(path, f"not a safetensors file but {what}")
-    if len(start) < 8:
-        raise error(path, f"not a safetensors file: it has {size} bytes, fewer than the 8 of the header's length")
     length = int.from_bytes(start, "little")
-    if length > MAX_HEADER_BYTES:
-        raise error(
-            path, f"not a safetensors file: its first 8 bytes give a header of {length} bytes, over {MAX_HEADER_BYTES}"
-        )
+    if len(start) < 8 or length > MAX_HEADER_BYTES:
+        # Only here: the length of a real header may begin with the same bytes.
+        what = next((f" but {what}" for prefix, what in _FOREIGN_STARTS.items() if start.startswith(prefix)), "")
+        short = f"it has {size} bytes, fewer than the 8 of the header's length"
+        long = f"its first 8 bytes announce a header of {length} bytes, over {MAX_HEADER_BYTES}"
+        raise error(path, f"not a safetensors file{what}: {short if len(start) < 8 else long}")
     if 8 + length > size:
         raise error(path, f"truncated: the header needs {8 + length} bytes, the file has {size}")
     return length

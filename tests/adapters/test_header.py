@@ -46,15 +46,21 @@ def test_empty_tensors_and_scalars_are_consistent(tmp_path: Path) -> None:
     assert shapes == {"none": (0, 3), "one": ()}
 
 
+def test_a_header_length_that_looks_like_a_pickle_is_still_a_length(tmp_path: Path) -> None:
+    text = json.dumps({"a": A, "b": B}).encode().ljust(0x0580)
+    assert read_header(put(tmp_path, raw(text))).data_start == 8 + 0x0580
+    assert raw(text).startswith(b"\x80\x05")
+
+
 BROKEN = {
-    "empty": (b"", "0 bytes, fewer than the 8"),
-    "short": (b"\x01\x02", "2 bytes, fewer than the 8"),
+    "empty": (b"", "it has 0 bytes, fewer than the 8"),
+    "short": (b"\x01\x02", "it has 2 bytes, fewer than the 8"),
     "header cut": (raw({"a": A, "b": B})[:20], "truncated: the header needs"),
     "data cut": (raw({"a": A, "b": B})[:-1], "truncated: the tensors need 32 bytes of data, the file has 31"),
     "data left over": (raw({"a": A, "b": B}, bytes(40)), "8 bytes at its end belong to no tensor"),
     "length out of bounds": (struct.pack("<Q", 2**40) + bytes(64), "a header of 1099511627776 bytes"),
-    "text": (b"hello world, this is not a tensor file", "a header of"),
-    "torch archive": (b"PK\x03\x04" + bytes(64), "a PyTorch archive \\(pickle\\), which is never read"),
+    "text": (b"hello world, this is not a tensor file", "not a safetensors file: its first 8 bytes announce a header of"),
+    "torch archive": (b"PK\x03\x04\x00\x00\x08\x08" + bytes(64), "a PyTorch archive \\(pickle\\), which is never read"),
     "pickle": (b"\x80\x02}q\x00." + bytes(64), "a pickle, which is never read"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "no JSON": (raw(b"{nope"), "not valid JSON"),
