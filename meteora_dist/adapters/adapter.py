@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Adapter:
         alpha: lora_alpha of its config; single modules may differ.
         rslora: Whether scales are ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
         shapes: By base-model module path, such as ``model.layers.0.self_attn.q_proj``.
+        header: Of its weights file.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Adapter:
     alpha: float
     rslora: bool
     shapes: Mapping[str, LoraShape]
+    header: Header = field(repr=False)
 
     def load(
         self, module: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
@@ -84,14 +86,9 @@ class Adapter:
         """
         if module not in self.shapes:
             raise AdapterError(self.path, f"does not adapt the module {module!r}")
-        shape = self.shapes[module]
-        stem = f"{_PREFIX}{module}"
-        expected = {
-            stem + _A_SUFFIX: (shape.rank, shape.in_features),
-            stem + _B_SUFFIX: (shape.out_features, shape.rank),
-        }
-        a_RH, b_OR = read_tensors(self.path / WEIGHTS_FILE, expected, AdapterError)
-        return LoraPair(a_RH.to(device, dtype), b_OR.to(device, dtype), shape.scale)
+        names = [f"{_PREFIX}{module}{suffix}" for suffix in (_A_SUFFIX, _B_SUFFIX)]
+        a_RH, b_OR = read_tensors(self.path / WEIGHTS_FILE, self.header, names, AdapterError)
+        return LoraPair(a_RH.to(device, dtype), b_OR.to(device, dtype), self.shapes[module].scale)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -111,8 +108,16 @@ def read_adapter(folder: Path) -> Adapter:
     settings = parse_settings(folder / CONFIG_FILE, config)
     if not weights.exists() and (folder / "adapter_model.bin").exists():
         raise AdapterError(folder, f"has adapter_model.bin, a pickle, which is never read; save it as {WEIGHTS_FILE}")
-    shapes = _shapes(weights, read_header(weights), settings)
-    return Adapter(folder, _digest(weights, config), settings.rank, settings.alpha, settings.rslora, shapes)
+    header = read_header(weights)
+    return Adapter(
+        path=folder,
+        digest=_digest(weights, config),
+        rank=settings.rank,
+        alpha=settings.alpha,
+        rslora=settings.rslora,
+        shapes=_shapes(weights, header, settings),
+        header=header,
+    )
 
 
 def _digest(weights: Path, config: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ dtype, shape and byte range in the data; the ranges must cover the data exactly,
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,11 +68,13 @@ class Header:
         tensors: By name, in the order of the file.
         metadata: Free text of the writer.
         data_start: Bytes before the data.
+        digest: sha256, in hex, of those bytes.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     data_start: int
+    digest: str
 
 
 def read_header(path: Path, error: type[CheckpointError] = AdapterError) -> Header:
@@ -98,7 +101,7 @@ def read_header(path: Path, error: type[CheckpointError] = AdapterError) -> Head
     metadata = _metadata(fields.pop("__metadata__", None), path, error)
     tensors = {name: _tensor_info(name, entry, path, error) for name, entry in fields.items()}
     _check_ranges(tensors, size - 8 - length, path, error)
-    return Header(tensors=tensors, metadata=metadata, data_start=8 + length)
+    return Header(tensors, metadata, data_start=8 + length, digest=hashlib.sha256(start + text).hexdigest())
 
 
 def _header_length(start: bytes, size: int, path: Path, error: type[CheckpointError]) -> int:

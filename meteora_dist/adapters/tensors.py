@@ -1,40 +1,57 @@
-"""Single tensors out of a safetensors file; the others are not read."""
+"""Single tensors out of a safetensors file whose header was checked; the others are not read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
+from meteora_dist.adapters.header import Header
 from meteora_dist.errors import CheckpointError
 
-
-def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], error: type[CheckpointError]) -> list[Tensor]:
-    """Reads the named tensors, and no others, into CPU memory.
-
-    Args:
-        path: The safetensors file, its header checked before.
-        shapes: What to read, and the shape it had when the header was checked.
-        error: Raised when the file can no longer be read or has changed shape.
-
-    Returns:
-        The tensors in the order of ``shapes``, in the file's dtypes.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = [file.get_tensor(name) for name in shapes]
-    except (OSError, SafetensorError) as cause:
-        raise error(path, f"cannot be read any more ({cause})") from cause
-    for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-        if tuple(tensor.shape) != shape:
-            raise error(
-                path, f"tensor {name!r} changed from {list(shape)} to {list(tensor.shape)} since it was checked"
-            )
-    return tensors
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def is_floating(dtype: str) -> bool:
     """Whether the safetensors dtype ``dtype`` is one that weights may have: F64, F32, F16 or BF16."""
-    return dtype in ("F64", "F32", "F16", "BF16")
+    return dtype in _DTYPES
+
+
+def read_tensors(path: Path, header: Header, names: Iterable[str], error: type[CheckpointError]) -> list[Tensor]:
+    """Reads the named tensors, and no others, into CPU memory.
+
+    Plain reads at the checked offsets: the safetensors library would parse the whole header again for every call, and
+    its memory map kills the process when somebody truncates the file.
+
+    Args:
+        path: The safetensors file.
+        header: What ``read_header`` found in it.
+        names: Tensors of ``header`` of a floating dtype.
+        error: Raised when the file can no longer be read or has another header than it had.
+
+    Returns:
+        The tensors in the order of ``names``, in the file's dtypes.
+    """
+    try:
+        with path.open("rb") as file:
+            if hashlib.sha256(file.read(header.data_start)).hexdigest() != header.digest:
+                raise error(path, "has changed since it was checked")
+            tensors = []
+            for name in names:
+                info = header.tensors[name]
+                data = bytearray(info.end - info.begin)
+                file.seek(header.data_start + info.begin)
+                if file.readinto(data) < len(data):
+                    raise error(path, f"ends inside tensor {name!r}; it was longer when it was checked")
+                tensors.append(torch.frombuffer(data, dtype=_DTYPES[info.dtype]).reshape(info.shape))
+    except OSError as cause:
+        raise error(path, f"cannot be read any more ({cause.strerror})") from cause
+    return tensors

@@ -5,8 +5,7 @@ Shapes: E experts, H input features, O output features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from meteora_dist.adapters import Adapter, LoraPair, read_adapter
 from meteora_dist.adapters.files import sha256_file
-from meteora_dist.adapters.header import read_header
+from meteora_dist.adapters.header import Header, read_header
 from meteora_dist.adapters.tensors import read_tensors
 from meteora_dist.bank.fingerprint import fingerprint
 from meteora_dist.bank.gates import GATES_FILE, check_dtypes, check_rows, check_shapes, model_order
@@ -33,13 +32,15 @@ class Bank:
         path: Its folder.
         manifest: Its bank.json.
         adapters: In expert order.
-        gate_shapes: [E, H] of every gate, by linear, in model order.
+        linears: Base-model module paths of the linears that at least one expert adapts, in model order.
+        gate_header: Of gates.safetensors: one [E, H] tensor for each of ``linears``.
     """
 
     path: Path
     manifest: BankManifest
     adapters: tuple[Adapter, ...]
-    gate_shapes: Mapping[str, tuple[int, ...]]
+    linears: tuple[str, ...]
+    gate_header: Header = field(repr=False)
 
     @classmethod
     def open(cls, path: Path) -> Bank:
@@ -64,18 +65,12 @@ class Bank:
         digest = sha256_file(gates, BankError)
         if digest != manifest.gate_digest:
             raise BankError(gates, f"its sha256 is {digest}; bank.json gives gate_digest {manifest.gate_digest}")
-        shapes = {name: header.tensors[name].shape for name in model_order(header.tensors)}
-        return cls(path, manifest, tuple(experts.values()), shapes)
+        return cls(path, manifest, tuple(experts.values()), model_order(header.tensors), header)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the E experts, in the order of the gates' rows."""
         return tuple(expert.name for expert in self.manifest.experts)
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """Base-model module paths of the linears that at least one expert adapts, in model order."""
-        return tuple(self.gate_shapes)
 
     def gate(self, linear: str) -> Tensor:
         """Reads the gate of ``linear``: [E, H], fp32, on the CPU.
@@ -84,7 +79,7 @@ class Bank:
             BankError: When no expert adapts ``linear`` or the file can no longer be read.
         """
         self._check_linear(linear)
-        gate_EH = read_tensors(self.path / GATES_FILE, {linear: self.gate_shapes[linear]}, BankError)[0]
+        gate_EH = read_tensors(self.path / GATES_FILE, self.gate_header, [linear], BankError)[0]
         return gate_EH.float()
 
     def pair(
@@ -129,7 +124,7 @@ class Bank:
             )
 
     def _check_linear(self, linear: str) -> None:
-        if linear not in self.gate_shapes:
+        if linear not in self.gate_header.tensors:
             raise BankError(self.path, f"no expert adapts the linear {linear!r}")
 
 

@@ -59,7 +59,10 @@ BROKEN = {
     "data cut": (raw({"a": A, "b": B})[:-1], "truncated: the tensors need 32 bytes of data, the file has 31"),
     "data left over": (raw({"a": A, "b": B}, bytes(40)), "8 bytes at its end belong to no tensor"),
     "length out of bounds": (struct.pack("<Q", 2**40) + bytes(64), "a header of 1099511627776 bytes"),
-    "text": (b"hello world, this is not a tensor file", "not a safetensors file: its first 8 bytes announce a header of"),
+    "text": (
+        b"hello world, this is not a tensor file",
+        "not a safetensors file: its first 8 bytes announce a header of",
+    ),
     "torch archive": (b"PK\x03\x04\x00\x00\x08\x08" + bytes(64), "a PyTorch archive \\(pickle\\), which is never read"),
     "pickle": (b"\x80\x02}q\x00." + bytes(64), "a pickle, which is never read"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
