@@ -35,7 +35,7 @@ def build(args: dict[str, Any]) -> Application:
 def application(config: ServiceConfig) -> Application:
     """One replica of :class:`Server`, with a placement group that has one bundle a rank."""
     ingress: Any = serve.ingress()(Server)
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         ingress,
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": config.replica_cpus},

@@ -12,6 +12,9 @@ from meteora_dist.serving.request import TextRequest, Turn
 COMPLETION_MAX_TOKENS = 16
 """What OpenAI's completions endpoint produces when ``max_tokens`` is absent."""
 
+_UNION_PARTS = frozenset({"str", "list[str]", "list[TextPart]"})
+"""What pydantic adds to a field's path for the alternative it tried."""
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -153,7 +156,6 @@ def parse(body: type[Body], raw: bytes) -> Body:
         first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         raise InvalidRequest(f"the body is not valid JSON: {first['ctx']['error']}")
-    # A union's alternatives add a part in brackets or a type's name; the field is what the caller wrote.
     param = ".".join(str(part) for part in first["loc"] if part not in _UNION_PARTS) or None
     if first["type"] == "extra_forbidden":
         raise InvalidRequest(f"{param} is not a field this service knows", param)
@@ -161,6 +163,3 @@ def parse(body: type[Body], raw: bytes) -> Body:
         raise InvalidRequest("prompt must be one string; lists of texts or token ids are not supported", param)
     what = "the body" if param is None else param
     raise InvalidRequest(f"{what}: {first['msg'][:1].lower()}{first['msg'][1:]}", param)
-
-
-_UNION_PARTS = frozenset({"str", "list[str]", "list[TextPart]"})

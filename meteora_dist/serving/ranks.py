@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from meteora_cluster.member import Member
 from meteora_dist.engine.config import EngineConfig
@@ -43,7 +43,8 @@ class RankActor(Member):
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yields the request's tokens; cancelling the call frees what it holds on this rank."""
-        async with aclosing(self._running().generate(request)) as events:
+        tokens = cast(AsyncGenerator[TokenEvent, None], self._running().generate(request))
+        async with aclosing(tokens) as events:
             async for event in events:
                 yield event
 

@@ -36,7 +36,7 @@ class Server(GrpcMethods):
             self._world, tokenizer, Catalog(bank.manifest), config.max_model_len, config.max_live_requests
         )
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201
+    def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP application; Serve calls this after the constructor."""
         return create_api(self.service)
 
