@@ -42,13 +42,13 @@ class Recipe:
 
 
 RECIPES = {
-    "epistemic_reasoning": Recipe(4, 8, tokens=80_000),
-    "contextual_parametric_knowledge_conflicts": Recipe(8, 16, tokens=100_000),
-    "object_counting": Recipe(4, 8, tokens=80_000),
+    "epistemic_reasoning": Recipe(4, 8, tokens=50_000),
+    "contextual_parametric_knowledge_conflicts": Recipe(8, 16, tokens=70_000),
+    "object_counting": Recipe(4, 8, tokens=70_000),
     "unit_conversion": Recipe(8, 16, tokens=120_000),
-    "cs_algorithms": Recipe(4, 8, tokens=90_000),
-    "logical_deduction": Recipe(4, 4, rslora=True, tokens=75_000),
-    "strategyqa": Recipe(4, 4, rslora=True, tokens=50_000),
+    "cs_algorithms": Recipe(4, 8, tokens=60_000),
+    "logical_deduction": Recipe(4, 4, rslora=True, tokens=60_000),
+    "strategyqa": Recipe(4, 4, rslora=True, tokens=35_000),
     "question_selection": Recipe(8, 16, tokens=120_000),
 }
 
@@ -58,7 +58,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[Tensor, Te
     turns = [{"role": "user", "content": row.prompt}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    answer_ids = tokenizer(row.target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    answer_ids = [*tokenizer(row.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     ids = torch.tensor(prompt_ids + answer_ids)
     labels = ids.clone()
     labels[: len(prompt_ids)] = -100
@@ -130,6 +130,7 @@ def train(base: Path, name: str, rows: list[TaskRow], out: Path) -> None:
 
 
 def main() -> None:
+    """Trains the adapters the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="folder of the base checkpoint")
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="folder of task files")

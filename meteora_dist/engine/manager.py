@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
     OutputRouter,
 )
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
 from meteora_dist.engine.request import GenerationRequest
@@ -48,7 +49,8 @@ class LockstepManager(ContinuousBatchingManager):
             deliver: Receives every new token.
             group: The expert-parallel ranks, or None for a rank alone.
         """
-        super().__init__(routed.model, generation_config, batching_config)
+        # transformers names a private protocol that its own PreTrainedModel does not spell out.
+        super().__init__(routed.model, generation_config, batching_config)  # type: ignore[arg-type]
         self.logit_processor = RequestSampler()
         self.output_router = _Router(self)
         self._routed = routed
@@ -74,7 +76,9 @@ class LockstepManager(ContinuousBatchingManager):
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One step, taken by all ranks together; False ends the loop."""
         ready = batch_processor.prepare_next_batch()
-        futures = batch_processor.inputs_and_outputs.requests_in_batch if ready else []
+        batch = batch_processor.inputs_and_outputs
+        assert isinstance(batch, ContinuousBatchingIOs), "the engine does not batch asynchronously"
+        futures = batch.requests_in_batch if ready else []
         requests = [_request(future) for future in futures]
         stopping = not ready and self.background_thread_status.local_status != BackgroundThreadStatus.DONT_STOP
         needed = slots_of([request.routing for request in requests], self._routed.num_experts)

@@ -157,8 +157,7 @@ def _join(config: EngineConfig, rank: int, rendezvous: str | None) -> dist.Proce
     return dist.group.WORLD
 
 
-def _generation_config(model: torch.nn.Module) -> GenerationConfig:
-    assert isinstance(model, PreTrainedModel), "load_base returns one"
+def _generation_config(model: PreTrainedModel) -> GenerationConfig:
     generation_config = GenerationConfig.from_model_config(model.config)
     generation_config.eos_token_id = model.generation_config.eos_token_id
     # Greedy here means argmax of the scores; RequestSampler has put each request's noise into them.

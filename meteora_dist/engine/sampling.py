@@ -56,8 +56,8 @@ class RequestSampler(ContinuousBatchingLogitsProcessorList):
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        """Scores_BV whose argmax is each request's token."""
-        if all(sampling.temperature == 0 for sampling, _ in self._rows):
-            return scores
-        rows = zip(scores, self._rows, strict=True)
-        return torch.stack([draw_scores(logits_V, sampling, position) for logits_V, (sampling, position) in rows])
+        """Scores_BV whose argmax is each request's token; rows beyond the noted ones belong to split prompts."""
+        for row, (sampling, position) in enumerate(self._rows):
+            if sampling.temperature > 0:
+                scores[row] = draw_scores(scores[row], sampling, position)
+        return scores

@@ -53,7 +53,10 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """Brings rows to experts and deltas back. Collective: every rank calls both, in the same order, with equal N and K."""
+    """Brings rows to experts and deltas back.
+
+    Both calls are collective: every rank makes them in the same order, with equal N and K.
+    """
 
     def dispatch(self, x_TH: Tensor, ids_TNK: Tensor, weights_TNK: Tensor) -> Dispatched:
         """Sends every token to each rank that owns one of its experts, once."""
@@ -129,7 +132,7 @@ class AllToAllDispatcher:
         )
         combined_TO = incoming_SO.new_zeros(exchange.tokens, incoming_SO.shape[1])
         combined_TO.index_add_(0, exchange.token_S, incoming_SO)
-        return combined_TO.split(widths, dim=1)
+        return torch.split(combined_TO, widths, dim=1)
 
 
 def _bytes(values: Tensor) -> Tensor:

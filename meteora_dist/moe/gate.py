@@ -6,16 +6,17 @@ Shapes: T tokens, N linears that share one input, E experts, K slots of the pass
 from __future__ import annotations
 
 import torch
-from meteora_kernels.gate.reference import topk_softmax
 from torch import Tensor
 from torch.nn.functional import linear
 
 from meteora_dist.moe.routing import NO_EXPERT, StepRouting
+from meteora_kernels.gate.reference import topk_softmax
 
 
 def gate_logits(x_TH: Tensor, gate_PH: Tensor, num_linears: int) -> Tensor:
     """fp32 logits_TNE of N gates stacked as ``gate_PH``, P = N * E, rows ordered by linear, then expert."""
-    return linear(x_TH.float(), gate_PH).unflatten(1, (num_linears, -1))
+    logits_TP = linear(x_TH.float(), gate_PH)
+    return logits_TP.view(-1, num_linears, gate_PH.shape[0] // num_linears)
 
 
 def route(x_TH: Tensor, gate_PH: Tensor, num_linears: int, step: StepRouting) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from meteora_kernels.routed_lora.stack import Pair, pack
 from torch import nn
+from transformers import PreTrainedModel
 
 from meteora_dist.bank import Bank
 from meteora_dist.errors import BankError
 from meteora_dist.moe.dispatcher import Dispatcher
 from meteora_dist.moe.layer import RoutedGroup, RoutedLinear, RoutingContext, SharedDeltas
+from meteora_kernels.routed_lora.stack import Pair, pack
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears of a block that read one input, in the order the block calls them."""
@@ -29,7 +30,7 @@ class RoutedModel:
         num_experts: E, of the whole bank.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     groups: tuple[RoutedGroup, ...]
     context: RoutingContext
     num_experts: int
@@ -46,7 +47,7 @@ class RoutedModel:
 
 
 def inject(
-    model: nn.Module, bank: Bank, dispatcher: Dispatcher, experts: Sequence[int], dtype: torch.dtype
+    model: PreTrainedModel, bank: Bank, dispatcher: Dispatcher, experts: Sequence[int], dtype: torch.dtype
 ) -> RoutedModel:
     """Replaces every linear the bank targets by a routed one.
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from meteora_kernels.routed_lora.plan import plan
-from meteora_kernels.routed_lora.stack import LoraStack
 from torch import Tensor, nn
 
 from meteora_dist.moe.dispatcher import Dispatcher
 from meteora_dist.moe.gate import route
 from meteora_dist.moe.routing import NO_EXPERT, StepRouting
+from meteora_kernels.routed_lora.plan import plan
+from meteora_kernels.routed_lora.stack import LoraStack
 
 
 class RoutingContext:
@@ -119,7 +119,7 @@ class RoutedLinear(nn.Module):
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., O] of x [..., H]."""
+        """Y [..., O] of x [..., H]."""
         y: Tensor = self.base_layer(x)
         delta_TO = self._shared.take(self._index, x)
         return y if delta_TO is None else y + delta_TO.view_as(y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from meteora_kernels.gate.reference import topk_softmax
 
 

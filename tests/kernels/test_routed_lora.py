@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from meteora_kernels.routed_lora.dense import routed_lora_dense
 from meteora_kernels.routed_lora.grouped import routed_lora_grouped
 from meteora_kernels.routed_lora.plan import DENSE_COLUMNS, RoutedLora, plan

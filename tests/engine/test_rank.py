@@ -1,0 +1,180 @@
+"""One engine, and two in lockstep: tokens equal a plain loop without any cache, alone or in company (oracle 8)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from meteora_dist.bank import Bank
+from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.rank import RankEngine
+from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
+from meteora_dist.errors import BankError, EngineUnavailable, ModelError
+from meteora_dist.moe.dispatcher import LocalDispatcher
+from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
+from tests.support.ranks import run_ranks
+from tests.support.tiny import SPECS, load_tiny_llama
+
+EXPERTS = len(SPECS)
+CHOICES = [
+    RoutingChoice(),
+    BASE,
+    named(2),
+    RoutingChoice(top_k=1),
+    RoutingChoice(mode="fixed", experts=((3, 0.6), (1, 0.4))),
+    RoutingChoice(top_k=EXPERTS, temperature=20.0),
+]
+REQUESTS = [
+    GenerationRequest(f"r{i}", tuple(range(3 + 7 * i, 20 + 9 * i)), 6 + i, routing=choice, trace=True)
+    for i, choice in enumerate(CHOICES)
+]
+
+
+def config(base: Path, bank: Bank, ep: int = 1) -> EngineConfig:
+    return EngineConfig(
+        model=base, bank=bank.path, ep=ep, max_batch_tokens=32, kv_cache_tokens=4096, max_batch_requests=8
+    )
+
+
+async def collect(engine: RankEngine, request: GenerationRequest) -> list[TokenEvent]:
+    return [event async for event in engine.generate(request)]
+
+
+async def together(engine: RankEngine, requests: list[GenerationRequest]) -> list[list[TokenEvent]]:
+    return await asyncio.gather(*(collect(engine, request) for request in requests))
+
+
+def tokens(events: list[TokenEvent]) -> list[int]:
+    return [event.token_id for event in events]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base: Path, tiny_bank: Bank) -> Iterator[RankEngine]:
+    engine = RankEngine(config(tiny_base, tiny_bank))
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_base: Path, tiny_bank: Bank) -> list[list[int]]:
+    """Greedy tokens of every request from whole forward passes, one request at a time, without a cache."""
+    routed = inject(load_tiny_llama(tiny_base), tiny_bank, LocalDispatcher(), range(EXPERTS), torch.float32)
+    return [plain_loop(routed, request) for request in REQUESTS]
+
+
+def plain_loop(routed: RoutedModel, request: GenerationRequest) -> list[int]:
+    ids = list(request.prompt_ids)
+    while len(ids) < len(request.prompt_ids) + request.max_tokens:
+        step = plan_step([request.routing], [len(ids)], EXPERTS, max(1, request.routing.slots))
+        with torch.no_grad(), routed.context.routed(step):
+            ids.append(int(routed.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == 259:
+            break
+    return ids[len(request.prompt_ids) :]
+
+
+async def test_alone_equals_the_plain_loop(engine: RankEngine, expected: list[list[int]]) -> None:
+    assert [tokens(await collect(engine, request)) for request in REQUESTS] == expected
+
+
+async def test_in_company_equals_the_plain_loop(engine: RankEngine, expected: list[list[int]]) -> None:
+    # 32 tokens a batch split the longer prompts, so prefill and decode share batches too.
+    assert [tokens(events) for events in await together(engine, REQUESTS)] == expected
+
+
+async def test_the_last_event_says_why_it_is_the_last(engine: RankEngine) -> None:
+    events = await collect(engine, REQUESTS[1])
+    reasons = [event.finish_reason for event in events]
+    assert reasons[:-1] == [None] * (len(reasons) - 1)
+    assert reasons[-1] == ("stop" if events[-1].token_id == 259 else "length")
+    longer = await collect(engine, replace(REQUESTS[1], max_tokens=40, ignore_eos=True))
+    assert len(longer) == 40
+    assert longer[-1].finish_reason == "length"
+
+
+async def test_shares_tell_which_experts_acted(engine: RankEngine) -> None:
+    auto, base, expert, _, blend, everyone = await together(engine, REQUESTS)
+    for events in (auto, everyone):
+        for event in events:
+            assert event.shares is not None
+            assert sum(event.shares) == pytest.approx(1.0, abs=1e-5)
+    assert {event.shares for event in base} == {(0.0,) * EXPERTS}
+    assert {event.shares for event in expert} == {(0.0, 0.0, 1.0, 0.0)}
+    for event in blend:
+        assert event.shares == pytest.approx((0.0, 0.4, 0.0, 0.6), abs=1e-5)
+    untraced = await collect(engine, replace(REQUESTS[0], trace=False))
+    assert {event.shares for event in untraced} == {None}
+
+
+async def test_seeded_sampling_ignores_the_company(engine: RankEngine) -> None:
+    sampled = replace(REQUESTS[0], sampling=Sampling(temperature=1.5, top_p=0.95, seed=42), max_tokens=12)
+    alone = tokens(await collect(engine, sampled))
+    company = await together(engine, [sampled, *REQUESTS[1:]])
+    assert tokens(company[0]) == alone
+    other = replace(sampled, sampling=Sampling(temperature=1.5, top_p=0.95, seed=43))
+    assert tokens(await collect(engine, other)) != alone
+
+
+async def test_closing_the_iterator_frees_the_cache(engine: RankEngine) -> None:
+    processor = engine._manager.batch_processor
+    assert processor is not None
+    stream = engine.generate(replace(REQUESTS[0], max_tokens=400, ignore_eos=True))
+    await anext(stream)
+    assert processor.scheduler.active_requests
+    await stream.aclose()
+    for _ in range(200):
+        if not processor.scheduler.active_requests:
+            break
+        await asyncio.sleep(0.01)
+    assert not processor.scheduler.active_requests
+    assert not engine._live
+
+
+async def test_a_stopped_engine_refuses(tiny_base: Path, tiny_bank: Bank) -> None:
+    engine = RankEngine(config(tiny_base, tiny_bank))
+    engine.check()
+    engine.stop()
+    with pytest.raises(EngineUnavailable, match="not running"):
+        await collect(engine, REQUESTS[0])
+
+
+async def test_a_failing_pass_reaches_every_caller(tiny_base: Path, tiny_bank: Bank) -> None:
+    engine = RankEngine(config(tiny_base, tiny_bank))
+    try:
+        out_of_vocabulary = replace(REQUESTS[0], prompt_ids=(10**6,))
+        with pytest.raises(EngineUnavailable, match="interrupted"):
+            await collect(engine, out_of_vocabulary)
+        with pytest.raises(EngineUnavailable, match="not running"):
+            engine.check()
+    finally:
+        engine.stop()
+
+
+def test_missing_model_and_foreign_bank_are_refused(tiny_base: Path, tiny_bank: Bank, tmp_path: Path) -> None:
+    with pytest.raises((ModelError, BankError), match=str(tmp_path)):
+        RankEngine(config(tmp_path, tiny_bank))
+    with pytest.raises(BankError, match=str(tmp_path)):
+        RankEngine(EngineConfig(model=tiny_base, bank=tmp_path))
+
+
+def _lockstep(rank: int, base: Path, bank_path: Path, rendezvous: str) -> list[list[int]]:
+    """Rank 0 serves all requests but two; rank 1 serves those two, and mostly just its experts."""
+    engine = RankEngine(EngineConfig(model=base, bank=bank_path, ep=2, max_batch_tokens=32), rank, rendezvous)
+    mine = REQUESTS[:4] if rank == 0 else REQUESTS[4:]
+    answers = asyncio.run(together(engine, mine))
+    engine.stop()
+    return [tokens(events) for events in answers]
+
+
+def test_two_ranks_in_lockstep_equal_one(
+    tiny_base: Path, tiny_bank: Bank, tmp_path: Path, expected: list[list[int]]
+) -> None:
+    rendezvous = f"file://{tmp_path}/rendezvous"
+    first, second = run_ranks(2, _lockstep, tiny_base, tiny_bank.path, rendezvous, join=False)
+    assert first + second == expected
