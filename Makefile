@@ -40,7 +40,7 @@ types: setup ## Check the types
 imports: setup ## Check who may import whom
 	$(BIN)/lint-imports --no-logo
 
-unit: setup ## Run the tests
+unit: fetch-demo ## Run the tests
 	$(BIN)/pytest
 
 wheel: setup ## Build the wheel and use it in a fresh environment
