@@ -1,6 +1,6 @@
 """Trains one LoRA adapter a task with PEFT, in PEFT's own format.
 
-    python examples/train_adapters.py --base BASE --data examples/data --out OUT [--tasks NAME ...]
+    python examples/train_adapters.py --base BASE --out ADAPTERS [--tasks NAME ...]
 
 Only the answer's tokens carry loss. The base model runs in bf16, the adapter trains in fp32 and is saved in bf16.
 """
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from demo_tasks import TASKS, encode, task_rows
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from meteora_dist.evaluation.tasks import TaskRow, read_task, split
+from meteora_dist.evaluation.tasks import TaskRow
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SEED = 20250403
@@ -53,16 +54,10 @@ RECIPES = {
 }
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[Tensor, Tensor]:
+def example(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[Tensor, Tensor]:
     """Token ids of the whole chat, and the same ids as labels with the prompt masked by -100."""
-    turns = [{"role": "user", "content": row.prompt}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    answer_ids = [*tokenizer(row.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    ids = torch.tensor(prompt_ids + answer_ids)
-    labels = ids.clone()
-    labels[: len(prompt_ids)] = -100
-    return ids, labels
+    prompt_ids, answer_ids = encode(tokenizer, row)
+    return torch.tensor(prompt_ids + answer_ids), torch.tensor([-100] * len(prompt_ids) + answer_ids)
 
 
 def batches(examples: list[tuple[Tensor, Tensor]], tokens: int, rng: random.Random) -> Iterator[list[int]]:
@@ -94,7 +89,7 @@ def train(base: Path, name: str, rows: list[TaskRow], out: Path) -> None:
     )
     peft_model = get_peft_model(model, lora)
     peft_model.print_trainable_parameters()
-    examples = [encode(tokenizer, row) for row in rows]
+    examples = [example(tokenizer, row) for row in rows]
     plan = list(batches(examples, recipe.tokens, random.Random(SEED)))
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
@@ -133,13 +128,12 @@ def main() -> None:
     """Trains the adapters the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="folder of the base checkpoint")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="folder of task files")
     parser.add_argument("--out", type=Path, required=True, help="folder the adapters are written to")
-    parser.add_argument("--tasks", nargs="+", choices=sorted(RECIPES), default=list(RECIPES), help="which tasks")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which tasks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.tasks:
-        rows, _ = split(read_task(arguments.data / f"{name}.jsonl.gz"))
+        rows, _ = task_rows(name)
         train(arguments.base, name, rows, arguments.out)
 
 

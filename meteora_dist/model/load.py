@@ -32,4 +32,6 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise ModelError(folder, f"cannot be loaded as a causal language model: {error}") from error
-    return model.eval().requires_grad_(False)
+    model.eval()
+    model.requires_grad_(False)
+    return model

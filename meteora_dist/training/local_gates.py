@@ -10,7 +10,7 @@ Shapes: B sequences, L positions, T = B * L packed tokens, N linears of a group,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from meteora_dist.moe.gate import gate_logits
 from meteora_dist.moe.inject import RoutedModel
+from meteora_dist.moe.layer import RoutedGroup
 from meteora_dist.moe.routing import RoutingChoice, named, plan_step, slots_of
-from meteora_dist.training.gate_loss import IGNORE, gate_loss, shifted_labels
+from meteora_dist.training.gate_loss import IGNORE, shifted_labels, token_gate_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ class GateBatch:
     forced: tuple[bool, ...]
 
     @property
-    def labels_BL(self) -> Tensor:
-        """The expert of every token, ``IGNORE`` on padding."""
+    def labels(self) -> Tensor:
+        """The expert of every token, [B, L], ``IGNORE`` on padding."""
         return torch.tensor(self.experts)[:, None].expand_as(self.ids_BL).masked_fill(self.mask_BL == 0, IGNORE)
 
 
@@ -63,7 +64,7 @@ class LocalFit:
 
 @dataclass(frozen=True, slots=True)
 class GateMetrics:
-    """Of one batch, before its updates: ``loss`` is L_gate in nats, ``accuracy`` the share of right top-1 choices."""
+    """Of one step, before its updates: ``loss`` is L_gate in nats, ``accuracy`` the share of right top-1 choices."""
 
     loss: float
     accuracy: float
@@ -71,8 +72,7 @@ class GateMetrics:
 
 def fit_gates(
     routed: RoutedModel,
-    batches: Iterable[GateBatch],
-    steps: int,
+    steps: Sequence[Sequence[GateBatch]],
     fit: LocalFit,
     report: Callable[[int, GateMetrics], None],
 ) -> dict[str, Tensor]:
@@ -80,30 +80,29 @@ def fit_gates(
 
     Args:
         routed: The frozen model with all experts on this rank.
-        batches: Labelled sequences.
-        steps: How many batches there will be; it shapes the learning rate.
+        steps: The batches of every step; a step learns from all its batches at once.
         fit: How.
-        report: Called with the batch's number and its metrics.
+        report: Called with the step's number and its metrics.
 
     Returns:
         The gate of every linear, [E, H], fp32.
     """
     gates = [nn.Parameter(group.gate_PH) for group in routed.groups]
     optimizer = torch.optim.AdamW(gates, lr=fit.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(steps * fit.updates, fit.warm_up))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(len(steps) * fit.updates, fit.warm_up))
     generator = torch.Generator().manual_seed(fit.seed)
-    for number, batch in enumerate(batches):
-        inputs = capture_inputs(routed, batch)
-        kept_T = shifted_labels(batch.labels_BL).flatten() != IGNORE
-        report(number, _measure(routed, inputs, gates, batch))
-        labels_T = shifted_labels(batch.labels_BL).flatten()[kept_T]
-        order_T = torch.randperm(len(labels_T), generator=generator)
-        kept_inputs = [x_TH[kept_T] for x_TH in inputs]
-        for part in order_T.chunk(fit.updates):
-            for group, gate_PH, x_TH in zip(routed.groups, gates, kept_inputs, strict=True):
-                logits_TNE = gate_logits(x_TH[part], gate_PH, len(group.names))
-                labels_TN = labels_T[part][:, None].expand(logits_TNE.shape[:2])
-                nn.functional.cross_entropy(logits_TNE.flatten(0, 1), labels_TN.flatten()).backward()
+    for number, batches in enumerate(steps):
+        captured = [capture_inputs(routed, batch) for batch in batches]
+        targets = [shifted_labels(batch.labels).flatten() for batch in batches]
+        labels_T = torch.cat([labels[labels != IGNORE] for labels in targets])
+        inputs = [
+            torch.cat([x_TH[labels != IGNORE] for x_TH, labels in zip(parts, targets, strict=True)])
+            for parts in zip(*captured, strict=True)
+        ]
+        report(number, _measure(routed, inputs, labels_T))
+        for part in torch.randperm(len(labels_T), generator=generator).chunk(fit.updates):
+            for group, gate_PH, x_TH in zip(routed.groups, gates, inputs, strict=True):
+                _gate_loss_of(group, gate_PH, x_TH[part], labels_T[part]).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -137,17 +136,21 @@ def capture_inputs(routed: RoutedModel, batch: GateBatch) -> list[Tensor]:
     return inputs
 
 
+def _gate_loss_of(group: RoutedGroup, gate_PH: Tensor, x_TH: Tensor, labels_T: Tensor) -> Tensor:
+    """L_gate of one group's gates; its gradient at each gate does not depend on the other groups."""
+    logits_TNE = gate_logits(x_TH, gate_PH, len(group.names))
+    return token_gate_loss(logits_TNE.unbind(1), labels_T)
+
+
 @torch.no_grad()
-def _measure(routed: RoutedModel, inputs: list[Tensor], gates: list[nn.Parameter], batch: GateBatch) -> GateMetrics:
-    shape = batch.ids_BL.shape
-    logits_BLE = [
-        logits_TE.unflatten(0, shape)
-        for group, gate_PH, x_TH in zip(routed.groups, gates, inputs, strict=True)
-        for logits_TE in gate_logits(x_TH, gate_PH, len(group.names)).unbind(1)
+def _measure(routed: RoutedModel, inputs: list[Tensor], labels_T: Tensor) -> GateMetrics:
+    logits_TE = [
+        logits
+        for group, x_TH in zip(routed.groups, inputs, strict=True)
+        for logits in gate_logits(x_TH, group.gate_PH, len(group.names)).unbind(1)
     ]
-    labels_BL = shifted_labels(batch.labels_BL)
-    right = [(logits.argmax(-1) == labels_BL)[labels_BL != IGNORE].float().mean() for logits in logits_BLE]
-    return GateMetrics(float(gate_loss(logits_BLE, batch.labels_BL)), float(torch.stack(right).mean()))
+    right = torch.stack([(logits.argmax(-1) == labels_T).float().mean() for logits in logits_TE])
+    return GateMetrics(float(token_gate_loss(logits_TE, labels_T)), float(right.mean()))
 
 
 def _cosine(steps: int, warm_up: float) -> Callable[[int], float]:
