@@ -10,7 +10,7 @@ from ray.serve import Application
 
 from meteora_cluster.placement import world_bundles
 from meteora_dist.errors import InvalidRequest
-from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.config import ServiceConfig, faults
 from meteora_dist.serving.server import Server
 
 DEPLOYMENT = "meteora"
@@ -56,5 +56,4 @@ def parse_config(args: dict[str, Any]) -> ServiceConfig:
     try:
         return ServiceConfig.model_validate(args)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise InvalidRequest(f"the service's args: {faults}") from None
+        raise InvalidRequest(f"the service's args: {faults(error)}") from None

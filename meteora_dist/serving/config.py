@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from meteora_cluster.placement import Resources
 from meteora_dist.engine.config import EngineConfig
@@ -47,3 +47,8 @@ class ServiceConfig(EngineConfig):
     def replica(self) -> Resources:
         """What the replica itself reserves."""
         return Resources(self.replica_cpus)
+
+
+def faults(error: ValidationError) -> str:
+    """Every field at fault with what is wrong with it, in one line."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())

@@ -19,7 +19,7 @@ from ray.serve.schema import (
 
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.app import parse_config
-from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.config import ServiceConfig, faults
 
 IMPORT_PATH = "meteora_dist.serving.app:build"
 
@@ -48,8 +48,10 @@ def read_serve_file(path: Path) -> ServeFile:
     try:
         content = yaml.safe_load(path.read_text())
         schema = ServeDeploySchema.model_validate(content)
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, yaml.YAMLError) as error:
         raise InvalidRequest(f"{path}: {error}") from None
+    except ValidationError as error:
+        raise InvalidRequest(f"{path}: {faults(error)}") from None
     if unknown := sorted(unknown_keys(content)):
         raise InvalidRequest(f"{path}: unknown keys {', '.join(unknown)}")
     ours = [app for app in schema.applications if app.import_path == IMPORT_PATH]

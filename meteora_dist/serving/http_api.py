@@ -61,20 +61,18 @@ def create_api(service: TextService) -> FastAPI:
 
 async def _answer(service: TextService, body: CompletionBody | ChatBody) -> Response:
     prepared = await service.prepare(body.to_request())
-    reply = Reply(prepared, service.catalog.experts, isinstance(body, ChatBody))
+    reply = Reply(prepared, service.catalog.experts, isinstance(body, ChatBody), body.include_usage)
     pieces = service.pieces(prepared)
     if not body.stream:
         async with aclosing(pieces):
             return JSONResponse(reply.whole(await collect(pieces)))
     # Waiting for the first piece gives errors of the start their own status.
     first = await anext(pieces)
-    events = _events(reply, first, pieces, body.include_usage)
+    events = _events(reply, first, pieces)
     return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-async def _events(
-    reply: Reply, first: Piece, pieces: AsyncGenerator[Piece, None], include_usage: bool
-) -> AsyncGenerator[str, None]:
+async def _events(reply: Reply, first: Piece, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[str, None]:
     async with aclosing(pieces):
         try:
             piece = first
@@ -82,7 +80,7 @@ async def _events(
             async for piece in pieces:
                 if piece.text or piece.tokens or piece.ending:
                     yield event(reply.chunk(piece, first=False))
-            if include_usage and piece.ending:
+            if reply.include_usage and piece.ending:
                 yield event(reply.usage_chunk(piece.ending))
             yield DONE
         except Exception as error:

@@ -27,11 +27,13 @@ class Reply:
         prepared: The request.
         experts: Names, in the order of routing shares.
         chat: Whether it came in by the chat endpoint.
+        include_usage: Whether a stream ends with a chunk of usage; its other chunks then say that they have none.
     """
 
     prepared: Prepared
     experts: Sequence[str]
     chat: bool
+    include_usage: bool = False
 
     def whole(self, answer: Answer) -> Json:
         """The answer to a request that does not stream."""
@@ -50,7 +52,7 @@ class Reply:
         else:
             content = {"text": piece.text}
         choice = self._choice(content, piece.ending, piece.tokens, piece.dominating)
-        return self._object(self._chunk_name, [choice])
+        return self._object(self._chunk_name, [choice]) | ({"usage": None} if self.include_usage else {})
 
     def usage_chunk(self, ending: Ending) -> Json:
         """The chunk after the last one, for those who asked for usage."""

@@ -53,7 +53,11 @@ class TextTokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """A decoder for the tokens that follow ``prompt_ids``."""
-        return Detokenizer(self._tokens, prompt_ids[-_CONTEXT_TOKENS:])
+        context = prompt_ids[-_CONTEXT_TOKENS:]
+        # A stream would take a prompt that ends so for an unfinished character, and repeat it.
+        if self._tokens.decode(context, skip_special_tokens=True).endswith(_INCOMPLETE):
+            context = ()
+        return Detokenizer(self._tokens, context)
 
     def _rendered(self, turns: Sequence[Turn]) -> str:
         if self._chat.chat_template is None:

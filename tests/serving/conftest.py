@@ -1,0 +1,32 @@
+"""A text service over an engine that says what the test tells it to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from meteora_dist.bank import Bank
+from meteora_dist.serving.catalog import Catalog
+from meteora_dist.serving.service import TextService
+from meteora_dist.serving.tokenizer import TextTokenizer
+from tests.serving.scripted import ScriptedEngine
+
+MakeService = Callable[..., TextService]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_base: Path) -> TextTokenizer:
+    """One token a byte; ``<s>`` is 258 and ``</s>`` 259."""
+    return TextTokenizer.open(tiny_base)
+
+
+@pytest.fixture
+def make_service(tokenizer: TextTokenizer, tiny_bank: Bank) -> MakeService:
+    """Makes a service over a scripted engine: a context of 64 tokens, at most two live requests."""
+
+    def make(engine: ScriptedEngine) -> TextService:
+        return TextService(engine, tokenizer, Catalog(tiny_bank.manifest), max_model_len=64, max_live_requests=2)
+
+    return make
