@@ -50,7 +50,7 @@ async def answer(
 
 
 async def score_task(engine: RankEngine, tokenizer: PreTrainedTokenizerBase, expert: int, count: int) -> TaskResult:
-    """All three methods on a task's first ``count`` held-out rows, in one mixed batch."""
+    """All three methods on a task's first ``count`` held-out rows."""
     rows = task_rows(TASKS[expert])[1][:count]
     means, own_share = [], 0.0
     for label, choice in (("base", BASE), ("own", named(expert)), ("auto", RoutingChoice())):

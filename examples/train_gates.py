@@ -12,6 +12,7 @@ import argparse
 import random
 import shutil
 import time
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,9 +48,9 @@ def plan_steps(tokenizer: PreTrainedTokenizerBase, steps: int) -> list[list[Gate
     columns = []
     for expert, name in enumerate(TASKS):
         rows, _ = task_rows(name)
-        order = [rng.sample(rows, len(rows)) for _ in range(-(-steps // len(rows)))]
+        order = chain.from_iterable(rng.sample(rows, len(rows)) for _ in range(-(-steps // len(rows))))
         batches = []
-        for number, row in enumerate(sum(order, [])[:steps]):
+        for number, row in enumerate(islice(order, steps)):
             prompt_ids, answer_ids = encode(tokenizer, row)
             ids_BL = torch.tensor([prompt_ids + answer_ids])
             forced = (number + expert) % 2 == 0

@@ -1,0 +1,1 @@
+"""Measurements; never part of the tests, because a shared machine's clock proves nothing."""
