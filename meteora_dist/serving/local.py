@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import StringIO
 
 import httpx
 from ray import serve
@@ -71,7 +72,9 @@ def running_service(
         try:
             yield _deploy(service, http_port, grpc_port, host)
         finally:
-            serve.shutdown()
+            # Ray prints the end of Serve's controller as if it were a fault.
+            with contextlib.redirect_stdout(StringIO()):
+                serve.shutdown()
 
 
 def _deploy(service: ServiceConfig, http_port: int, grpc_port: int, host: str) -> Endpoints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -11,7 +12,7 @@ from meteora_cluster.local import local_ray
 
 
 @pytest.fixture(scope="package")
-def own_ray() -> Iterator[None]:
+def own_ray(ray_home: Path) -> Iterator[None]:
     """A Ray with two logical CPUs that is gone, with all its processes, when the folder's tests are done."""
     with local_ray(cpus=2):
         yield

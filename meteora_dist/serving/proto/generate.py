@@ -12,13 +12,15 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent
 PROTO = Path("meteora/v1/inference.proto")
+PACKAGE = "meteora_dist.serving.proto"
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
 
 def generate(target: Path) -> list[Path]:
     """Generates the stubs.
 
-    protoc imports its own output by the proto's path; inside this package that path has a prefix.
+    protoc names its output after the proto's path. Here that path has a prefix, which both the import and the messages
+    have to know: Serve pickles them.
 
     Args:
         target: Folder that gets ``meteora/v1/inference*``.
@@ -36,7 +38,9 @@ def generate(target: Path) -> list[Path]:
         raise RuntimeError(f"protoc refused {ROOT / PROTO}")
     stubs = [target / PROTO.with_name(PROTO.stem + suffix) for suffix in SUFFIXES]
     for stub in stubs:
-        code = stub.read_text().replace("from meteora.v1 import", f"from {__package__}.meteora.v1 import")
+        code = stub.read_text()
+        for name in ("from meteora.v1 import", "'meteora.v1.inference_pb2'"):
+            code = code.replace(name, name.replace("meteora.v1", f"{PACKAGE}.meteora.v1"))
         stub.write_text(f"# mypy: ignore-errors\n{code}")
     return stubs
 

@@ -1,0 +1,265 @@
+"""The whole service as a caller sees it: one Ray, one replica, two ranks, a tiny random model and four experts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+import torch
+from peft import PeftModel
+
+from meteora_cluster.member import free_port
+from meteora_dist.bank import Bank
+from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.local import Endpoints, running_service
+from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
+from meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc import InferenceStub
+from meteora_dist.serving.tokenizer import TextTokenizer
+from tests.support.tiny import load_tiny_llama
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+CONTEXT = 400
+LIVE = 12
+EXPERTS = ("plain", "wide", "rooted", "partial")
+MODELS = ("auto", "base", *EXPERTS)
+PROMPT = "Which expert answers?"
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def service(ray_home: Path, tiny_base: Path, tiny_bank: Bank) -> Iterator[Endpoints]:
+    config = ServiceConfig(
+        model=tiny_base, bank=tiny_bank.path, ep=2, max_model_len=CONTEXT, kv_cache_tokens=8192, max_live_requests=LIVE
+    )
+    with running_service(config, free_port(), free_port()) as endpoints:
+        yield endpoints
+
+
+@pytest.fixture(scope="module")
+def http(service: Endpoints) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.http, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stub(service: Endpoints) -> Iterator[InferenceStub]:
+    with grpc.insecure_channel(service.grpc) as channel:
+        yield InferenceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def client(service: Endpoints) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.http}/v1", api_key="unused", max_retries=0)
+
+
+def greedy(http: httpx.Client, model: str, **more: Any) -> str:
+    body = {"prompt": PROMPT, "model": model, "max_tokens": TOKENS, "temperature": 0} | more
+    got = http.post("/v1/completions", json=body)
+    assert got.status_code == 200, got.text
+    return str(got.json()["choices"][0]["text"])
+
+
+def reference(base: Path, bank: Bank, model: str) -> str:
+    """What transformers and PEFT alone answer."""
+    network: Any = load_tiny_llama(base)
+    if model != "base":
+        network = PeftModel.from_pretrained(network, bank.path / "experts" / model)
+    tokenizer = TextTokenizer.open(base)
+    ids = tokenizer.encode(PROMPT)
+    produced = network.generate(input_ids=torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :]
+    detokenizer = tokenizer.detokenizer(ids)
+    return "".join(detokenizer.push(token) for token in produced.tolist()) + detokenizer.flush()
+
+
+def test_it_is_healthy_and_lists_its_models(http: httpx.Client, client: openai.OpenAI) -> None:
+    assert http.get("/healthz").status_code == 200
+    assert tuple(model.id for model in client.models.list()) == MODELS
+
+
+def test_base_and_named_answers_are_those_of_transformers_and_peft(
+    http: httpx.Client, tiny_base: Path, tiny_bank: Bank
+) -> None:
+    for model in MODELS[1:]:
+        assert greedy(http, model) == reference(tiny_base, tiny_bank, model), model
+
+
+def test_both_protocols_and_both_ways_give_the_same_answer(http: httpx.Client, stub: InferenceStub) -> None:
+    whole = greedy(http, "auto")
+    body = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == whole
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=TOKENS, sampling=pb.Sampling(temperature=0))
+    unary = stub.Generate(request)
+    assert (unary.text, unary.finish_reason) == (whole, pb.FINISH_REASON_LENGTH)
+    messages = list(stub.GenerateStream(request))
+    assert "".join(message.text for message in messages) == whole
+    assert messages[-1].usage == unary.usage == pb.Usage(prompt_tokens=len(PROMPT), completion_tokens=TOKENS)
+
+
+def test_the_openai_client_chats_and_streams(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "wide",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_completion_tokens": 8,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 8
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+
+
+def test_a_mixed_batch_answers_as_each_request_alone(http: httpx.Client) -> None:
+    alone = {model: greedy(http, model) for model in MODELS}
+    assert len(set(alone.values())) == len(MODELS)
+    with ThreadPoolExecutor(2 * len(MODELS)) as pool:
+        together = list(pool.map(lambda model: (model, greedy(http, model)), 2 * MODELS))
+    assert [text for model, text in together] == [alone[model] for model, text in together]
+
+
+def test_traces_sum_to_one_name_the_expert_and_agree(http: httpx.Client, stub: InferenceStub) -> None:
+    for model in MODELS:
+        body = {"prompt": PROMPT, "model": model, "max_tokens": 4, "temperature": 0, "routing": {"trace": True}}
+        routing = http.post("/v1/completions", json=body).json()["choices"][0]["routing"]
+        assert tuple(routing["experts"]) == EXPERTS
+        sums = [sum(token["shares"]) for token in routing["tokens"]]
+        assert sums == pytest.approx([0.0 if model == "base" else 1.0] * 4, abs=1e-5)
+        if model != "auto":
+            assert routing["dominating"] == (None if model == "base" else model)
+        request = pb.GenerateRequest(
+            prompt=PROMPT,
+            model=model,
+            max_tokens=4,
+            sampling=pb.Sampling(temperature=0),
+            routing=pb.Routing(trace=True),
+        )
+        trace = stub.Generate(request).routing
+        for token, other in zip(trace.tokens, routing["tokens"], strict=True):
+            assert (token.token, token.id) == (other["token"], other["id"])
+            assert list(token.shares) == pytest.approx(other["shares"], abs=1e-5)
+
+
+def test_stop_texts_and_seeds_work(http: httpx.Client) -> None:
+    text = greedy(http, "base")
+    stop = text[3:5]
+    assert greedy(http, "base", stop=stop) == text[: text.index(stop)]
+    drawn = {seed: [greedy(http, "auto", temperature=1.0, seed=seed) for _ in range(2)] for seed in (1, 2)}
+    assert drawn[1][0] == drawn[1][1]
+    assert drawn[1][0] != drawn[2][0]
+
+
+def test_bad_requests_are_refused_and_it_keeps_serving(
+    http: httpx.Client, client: openai.OpenAI, stub: InferenceStub
+) -> None:
+    with pytest.raises(openai.NotFoundError, match="served are auto, base, plain") as missing:
+        client.completions.create(model="nobody", prompt="Hi")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match=f"holds {CONTEXT} tokens.*{CONTEXT + 1} of the prompt") as long:
+        client.completions.create(model="auto", prompt="x" * (CONTEXT + 1))
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="max_tokens is -1"):
+        client.completions.create(model="auto", prompt="Hi", max_tokens=-1)
+    assert http.post("/v1/completions", content=b"{").status_code == 400
+    assert http.get("/v1/nowhere").json()["error"]["type"] == "invalid_request_error"
+    for request, code in (
+        (pb.GenerateRequest(prompt="Hi", model="nobody"), grpc.StatusCode.NOT_FOUND),
+        (pb.GenerateRequest(prompt="x" * (CONTEXT + 1)), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.GenerateRequest(prompt="Hi", max_tokens=-1), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        for call in (stub.Generate, lambda request: list(stub.GenerateStream(request))):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(request)
+            assert refused.value.code() == code
+            assert not any(word in refused.value.details() for word in ("Traceback", "/", "pid="))
+    assert greedy(http, "auto")
+
+
+def test_experts_are_listed(stub: InferenceStub) -> None:
+    got = stub.ListExperts(pb.ListExpertsRequest())
+    assert tuple(expert.name for expert in got.experts) == EXPERTS
+
+
+def test_callers_who_go_away_make_room(service: Endpoints, http: httpx.Client, stub: InferenceStub) -> None:
+    body = {"prompt": "Hi", "max_tokens": CONTEXT - 2, "stream": True, "temperature": 0}
+    with contextlib.ExitStack() as callers:
+        for _ in range(LIVE // 2):
+            client = callers.enter_context(httpx.Client(base_url=service.http, timeout=60))
+            stream = callers.enter_context(client.stream("POST", "/v1/completions", json=body))
+            next(stream.iter_lines())
+        calls = [
+            stub.GenerateStream(pb.GenerateRequest(prompt="Hi", sampling=pb.Sampling(temperature=0)))
+            for _ in range(LIVE - LIVE // 2)
+        ]
+        for call in calls:
+            next(call)
+        full = http.post("/v1/completions", json={"prompt": "Hi"})
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Generate(pb.GenerateRequest(prompt="Hi"))
+        for call in calls:
+            call.cancel()
+    assert (full.status_code, full.json()["error"]["code"]) == (429, "overloaded")
+    assert int(full.headers["retry-after"]) >= 1
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    # All of them together would still take many seconds to finish on their own.
+    freed = time.monotonic()
+    while http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 1}).status_code == 429:
+        assert time.monotonic() - freed < 3
+        time.sleep(0.05)
+
+
+def test_a_lost_rank_is_503_and_comes_back(http: httpx.Client, stub: InferenceStub) -> None:
+    before = greedy(http, "auto")
+    body = {"prompt": "Hi", "max_tokens": CONTEXT - 2, "stream": True, "temperature": 0}
+    live = stub.GenerateStream(pb.GenerateRequest(prompt="Hi", sampling=pb.Sampling(temperature=0)))
+    next(live)
+    with http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        os.kill(_rank_pids()[1], signal.SIGKILL)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+    with pytest.raises(grpc.RpcError) as lost:
+        list(live)
+    assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
+    gone = http.post("/v1/completions", json={"prompt": "Hi"})
+    assert (gone.status_code, gone.json()["error"]["code"]) == (503, "engine_unavailable")
+    assert gone.headers["retry-after"]
+    assert http.get("/healthz").status_code == 503
+    _await_health(http)
+    assert greedy(http, "auto") == before
+
+
+def _rank_pids() -> list[int]:
+    psutil = import_module("psutil")
+    processes = psutil.Process().children(recursive=True)
+    return [process.pid for process in processes if any("ray::RankActor" in word for word in process.cmdline())]
+
+
+def _await_health(http: httpx.Client) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if http.get("/healthz").status_code == 200:
+                return
+        time.sleep(0.5)
+    raise AssertionError("it did not come back")
