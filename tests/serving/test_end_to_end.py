@@ -201,11 +201,14 @@ def test_experts_are_listed(stub: InferenceStub) -> None:
 
 def test_callers_who_go_away_make_room(service: Endpoints, http: httpx.Client, stub: InferenceStub) -> None:
     body = {"prompt": "Hi", "max_tokens": CONTEXT - 2, "stream": True, "temperature": 0}
+    streams: list[Iterator[str]] = []
     with contextlib.ExitStack() as callers:
         for _ in range(LIVE // 2):
             client = callers.enter_context(httpx.Client(base_url=service.http, timeout=60))
             stream = callers.enter_context(client.stream("POST", "/v1/completions", json=body))
-            next(stream.iter_lines())
+            # An iterator that is dropped closes its connection.
+            streams.append(stream.iter_lines())
+            next(streams[-1])
         calls = [
             stub.GenerateStream(pb.GenerateRequest(prompt="Hi", sampling=pb.Sampling(temperature=0)))
             for _ in range(LIVE - LIVE // 2)
