@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt, field_validator, model_validator
 
 from meteora_dist.config import StrictModel
 from meteora_dist.engine.mesh import Mesh
@@ -43,6 +43,15 @@ class EngineConfig(StrictModel):
     @classmethod
     def _expand(cls, path: Path) -> Path:
         return Path(os.path.expandvars(path)).expanduser()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kv_cache_tokens < self.max_model_len:
+            raise ValueError(
+                f"kv_cache_tokens is {self.kv_cache_tokens}, but one request may need max_model_len, "
+                f"{self.max_model_len}"
+            )
+        return self
 
     @property
     def mesh(self) -> Mesh:

@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.engine.sampling import RequestSampler
+from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.inject import RoutedModel
 from meteora_dist.moe.routing import StepRouting, plan_step, slots_of
 
@@ -59,7 +60,11 @@ class LockstepManager(ContinuousBatchingManager):
         self._shares: dict[str, Shares] = {}
 
     def submit(self, request: GenerationRequest, eos_token_id: int | list[int]) -> None:
-        """Queues a request; its tokens arrive at ``deliver``."""
+        """Queues a request; its tokens arrive at ``deliver``.
+
+        Raises:
+            EngineUnavailable: The loop has ended or is about to, and will not see the request.
+        """
         self.add_request(
             list(request.prompt_ids),
             request_id=request.request_id,
@@ -68,6 +73,10 @@ class LockstepManager(ContinuousBatchingManager):
             streaming=True,
             request=request,
         )
+        # Asked after queueing: a loop that dies fails what it finds queued, and refuses from before that on.
+        refusal = self.background_thread_status.can_accept_new_requests()
+        if refusal is not None:
+            raise EngineUnavailable(f"the request was interrupted: {refusal}")
 
     def deliver(self, output: GenerationOutput) -> None:
         """Passes on an output with the shares of its newest token."""

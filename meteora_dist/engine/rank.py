@@ -17,7 +17,7 @@ from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.manager import LockstepManager, Shares
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
-from meteora_dist.errors import EngineUnavailable
+from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from meteora_dist.model.load import load_base, torch_dtype
 from meteora_dist.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from meteora_dist.moe.inject import RoutedModel, inject
@@ -57,6 +57,7 @@ class RankEngine:
         group = _join(config, rank, rendezvous)
         self.routed = load_routed(config, rank, group)
         self.generation_config = _generation_config(self.routed.model)
+        self._max_len = config.max_model_len
         self._live: dict[str, _Live] = {}
         self._manager = LockstepManager(
             self.routed, self.generation_config, _batching_config(config), self._deliver, group
@@ -67,9 +68,12 @@ class RankEngine:
         """Yields the request's tokens as they are produced; closing the iterator cancels the request.
 
         Raises:
+            InvalidRequest: The prompt is empty or holds ids outside the vocabulary, or ``max_tokens`` is not positive.
+            PromptTooLong: Prompt and answer exceed ``max_model_len``.
             EngineUnavailable: The loop has died, before or while the request ran.
         """
         self.check()
+        self._refuse_unservable(request)
         live = _Live(request, asyncio.get_running_loop())
         self._live[request.request_id] = live
         try:
@@ -101,6 +105,19 @@ class RankEngine:
             self._manager.stop(block=True)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _refuse_unservable(self, request: GenerationRequest) -> None:
+        """What a pass would stumble over, for all requests of its batch."""
+        vocabulary = self.routed.model.config.get_text_config().vocab_size
+        if not request.prompt_ids or min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocabulary:
+            raise InvalidRequest(f"the prompt must be one or more token ids from 0 to {vocabulary - 1}", "prompt")
+        if request.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {request.max_tokens}, but must be at least 1", "max_tokens")
+        total = len(request.prompt_ids) + request.max_tokens
+        if total > self._max_len:
+            raise PromptTooLong(
+                f"prompt and answer need {total} tokens, but the context holds {self._max_len}", "prompt"
+            )
 
     def _eos(self) -> int | list[int]:
         eos: int | list[int] = self.generation_config.eos_token_id

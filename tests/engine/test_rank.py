@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
-from meteora_dist.errors import BankError, EngineUnavailable, ModelError
+from meteora_dist.errors import BankError, EngineUnavailable, InvalidRequest, ModelError, PromptTooLong
 from meteora_dist.moe.dispatcher import LocalDispatcher
 from meteora_dist.moe.inject import RoutedModel, inject
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
@@ -136,6 +137,23 @@ async def test_closing_the_iterator_frees_the_cache(engine: RankEngine) -> None:
     assert not engine._live
 
 
+async def test_a_cache_too_small_for_all_costs_time_but_no_token(
+    tiny_base: Path, tiny_bank: Bank, expected: list[list[int]]
+) -> None:
+    # Room for about three requests of two pages each, asked for by six: some are put back and prefilled again.
+    small = config(tiny_base, tiny_bank).model_copy(update={"kv_cache_tokens": 384, "max_model_len": 128})
+    engine = RankEngine(small)
+    try:
+        longer = [replace(request, max_tokens=100, ignore_eos=True) for request in REQUESTS]
+        crowded = await together(engine, longer)
+        alone = [await collect(engine, request) for request in longer]
+    finally:
+        engine.stop()
+    assert [tokens(events) for events in crowded] == [tokens(events) for events in alone]
+    for events, greedy in zip(alone, expected, strict=True):
+        assert tokens(events)[: len(greedy)] == greedy
+
+
 async def test_a_stopped_engine_refuses(tiny_base: Path, tiny_bank: Bank) -> None:
     engine = RankEngine(config(tiny_base, tiny_bank))
     engine.check()
@@ -147,13 +165,36 @@ async def test_a_stopped_engine_refuses(tiny_base: Path, tiny_bank: Bank) -> Non
 async def test_a_failing_pass_reaches_every_caller(tiny_base: Path, tiny_bank: Bank) -> None:
     engine = RankEngine(config(tiny_base, tiny_bank))
     try:
-        out_of_vocabulary = replace(REQUESTS[0], prompt_ids=(10**6,))
-        with pytest.raises(EngineUnavailable, match="interrupted"):
-            await collect(engine, out_of_vocabulary)
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("a broken kernel")
+
+        engine.routed.groups[0].register_forward_pre_hook(fail)
+        answers = await asyncio.gather(*(collect(engine, request) for request in REQUESTS), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [EngineUnavailable] * len(REQUESTS)
+        assert "a broken kernel" in str(answers[0])
         with pytest.raises(EngineUnavailable, match="not running"):
             engine.check()
     finally:
         engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prompt_ids": ()}, InvalidRequest, "from 0 to 259"),
+        ({"prompt_ids": (3, 260)}, InvalidRequest, "from 0 to 259"),
+        ({"prompt_ids": (-1,)}, InvalidRequest, "from 0 to 259"),
+        ({"max_tokens": 0}, InvalidRequest, "max_tokens is 0"),
+        ({"max_tokens": 5000}, PromptTooLong, "need 5017 tokens, but the context holds 2048"),
+    ],
+)
+async def test_what_no_pass_can_serve_is_refused(
+    engine: RankEngine, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        await collect(engine, replace(REQUESTS[0], **change))
+    engine.check()
 
 
 def test_missing_model_and_foreign_bank_are_refused(tiny_base: Path, tiny_bank: Bank, tmp_path: Path) -> None:
