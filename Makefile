@@ -21,7 +21,7 @@ demo: fetch-demo ## Serve eight experts from two ranks and ask them over HTTP an
 	@$(BIN)/meteora demo
 
 serve: fetch-demo ## Serve the demo bank and stay up: HTTP on 8000, gRPC on 9000
-	@$(BIN)/meteora serve
+	@$(BIN)/meteora serve --config serve_config.yaml
 
 test: lint types imports unit wheel ## Run everything CI runs
 	@echo "all checks passed"
