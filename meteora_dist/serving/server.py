@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from ray.util import get_current_placement_group
 
 from meteora_dist.bank import Bank
+from meteora_dist.errors import EngineUnavailable
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.grpc_api import GrpcMethods
@@ -41,8 +42,9 @@ class Server(GrpcMethods):
         return create_api(self.service)
 
     async def check_health(self) -> None:
-        """Raises when a rank is lost: Serve then replaces this replica."""
-        self._world.check()
+        """Raises when a rank is lost, with the cause: Serve then replaces this replica."""
+        if self._world.failure is not None:
+            raise EngineUnavailable(self._world.failure)
 
 
 def open_model(config: ServiceConfig) -> tuple[Bank, TextTokenizer]:
