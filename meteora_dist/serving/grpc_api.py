@@ -18,6 +18,8 @@ from meteora_dist.serving.status import INTERNAL, failure_of
 logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant")
+_MAX_DETAILS = 1000
+"""Characters of a message: it travels in the trailers, which clients limit to a few kilobytes."""
 
 
 class GrpcContext(Protocol):
@@ -147,7 +149,7 @@ def _status(context: GrpcContext) -> Iterator[None]:
         if failure.status is INTERNAL:
             logger.error("a call failed", exc_info=error)
         context.set_code(failure.status.grpc)
-        context.set_details(failure.message)
+        context.set_details(failure.message[:_MAX_DETAILS])
         raise CallFailed(failure.message) from None
 
 

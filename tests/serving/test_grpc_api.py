@@ -113,6 +113,15 @@ async def test_bad_requests_set_status_and_raise(
     assert details in unary.details
 
 
+async def test_messages_stay_short_enough_for_trailers(make_service: MakeService) -> None:
+    context = Context()
+    with pytest.raises(CallFailed):
+        await methods(make_service, ScriptedEngine([])).Generate(
+            pb.GenerateRequest(prompt="Hi", model="x" * 99_999), context
+        )
+    assert len(context.details) == 1000
+
+
 async def test_an_engine_that_dies_in_a_stream_is_unavailable(
     tokenizer: TextTokenizer, make_service: MakeService
 ) -> None:
