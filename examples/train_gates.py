@@ -79,9 +79,10 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the base checkpoint")
     parser.add_argument("--adapters", type=Path, required=True, help="folder with one adapter a task")
     parser.add_argument("--out", type=Path, required=True, help="the bank to write; replaced if it is there")
-    parser.add_argument("--steps", type=int, default=120, help="sequences of each task")
+    parser.add_argument("--steps", type=int, default=80, help="sequences of each task")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
     adapters = {name: arguments.adapters / name for name in TASKS}
     gates = zero_gates(adapters)

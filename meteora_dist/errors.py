@@ -48,8 +48,11 @@ class CheckpointError(MeteoraError):
     """
 
     def __init__(self, path: Path, message: str) -> None:
-        super().__init__(f"{path}: {message}")
+        super().__init__(path, message)
         self.path = path
+
+    def __str__(self) -> str:
+        return "{}: {}".format(*self.args)
 
 
 class AdapterError(CheckpointError):
