@@ -137,5 +137,5 @@ def _line(*cells: Text) -> Table:
     table.add_column(width=11)
     for ratio in (4, 3, 3, 3):
         table.add_column(ratio=ratio, overflow="fold")
-    table.add_row(*cells, end_section=True)
+    table.add_row(*cells)
     return table

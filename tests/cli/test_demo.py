@@ -204,3 +204,12 @@ def test_a_service_that_does_not_answer_is_a_failure(
     assert result.exit_code == 1
     last = result.output.splitlines()[-1]
     assert last.startswith("DEMO FAILED grpc, ListExperts: UNAVAILABLE")
+
+
+def test_on_a_pipe_every_step_is_one_line() -> None:
+    console = Console(width=120, force_terminal=False, highlight=False)
+    with console.capture() as capture, demo.Activity(console) as activity:
+        activity.begin("starting")
+        activity.update("starting: half way")
+        activity.begin("stopping")
+    assert capture.get() == "starting\nstopping\n"
