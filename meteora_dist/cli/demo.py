@@ -21,7 +21,8 @@ from meteora_dist.bank.bank import MANIFEST_FILE
 from meteora_dist.bank.manifest import read_manifest
 from meteora_dist.cli.demo_display import Outcome, header, one_line, row, summary, trace
 from meteora_dist.cli.demo_questions import Question, read_questions
-from meteora_dist.cli.demo_transports import AskFailed, Client, connected
+from meteora_dist.cli.demo_replies import AskFailed
+from meteora_dist.cli.demo_transports import Client, connected
 from meteora_dist.cli.fetch_demo import StepProgress
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.errors import BankError, EngineUnavailable, MeteoraError
@@ -120,7 +121,7 @@ def _demo(console: Console, bank: Path) -> tuple[str, bool]:
             activity.begin("Stopping Ray and the ranks")
     single = [outcome for outcome in outcomes if not outcome.question.composite]
     console.print(f"right answers: {sum(outcome.right for outcome in single)} of {len(single)}")
-    return summary(RANKS, len(experts), outcomes), all(outcome.reply for outcome in outcomes)
+    return summary(RANKS, len(experts), outcomes), all(outcome.replies for outcome in outcomes)
 
 
 def _end_on_sigterm() -> None:
@@ -150,8 +151,8 @@ async def _ask_all(
                 outcomes.append(await call)
                 console.print(row(outcomes[-1], experts))
     for outcome in outcomes:
-        if outcome.question.composite and outcome.reply is not None:
-            console.print(trace(outcome.reply.tokens, experts))
+        if outcome.question.composite and outcome.replies:
+            console.print(trace(outcome, experts))
     return outcomes
 
 
@@ -159,7 +160,7 @@ async def _ask(client: Client, question: Question, note: Callable[[Outcome], Non
     try:
         outcome = Outcome(question, await client.ask(question))
     except AskFailed as error:
-        outcome = Outcome(question, None, str(error))
+        outcome = Outcome(question, (), str(error))
     note(outcome)
     return outcome
 

@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from meteora_dist.cli.demo_questions import TRANSPORTS, Question
-from meteora_dist.cli.demo_transports import Reply, Token
+from meteora_dist.cli.demo_questions import TRANSPORTS, Question, numbered
+from meteora_dist.cli.demo_replies import Reply, Token
 
 _COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "orange1", "dodger_blue1", "red", "plum2")
 _PROMPT_CHARS = 100
-_ANSWER_CHARS = 90
+_ANSWER_CHARS = 80
 _REASON_CHARS = 200
 _UNSEEN = "·"
 """Stands in the trace for a token without text, such as the end of the answer."""
@@ -27,24 +27,32 @@ class Outcome:
 
     Attributes:
         question: What was asked.
-        reply: The answer, or None when it failed.
+        replies: The answer to each of its turns, or nothing when it failed.
         failure: Why it failed.
     """
 
     question: Question
-    reply: Reply | None
+    replies: tuple[Reply, ...]
     failure: str = ""
 
     @property
     def own_task(self) -> bool:
-        """Whether the expert that dominates the answer is one of the question's own."""
-        return self.reply is not None and self.reply.dominating in self.question.tasks
+        """Whether a single task's expert dominates its answer."""
+        return self._single and self.replies[0].dominating == self.question.tasks[0]
 
     @property
     def right(self) -> bool:
         """Whether a single task's answer is right."""
-        question = self.question
-        return self.reply is not None and not question.composite and question.rows[0].score(self.reply.text) > 0
+        return self._single and self.question.rows[0].score(self.replies[0].text) > 0
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """Of all answers."""
+        return tuple(token for reply in self.replies for token in reply.tokens)
+
+    @property
+    def _single(self) -> bool:
+        return bool(self.replies) and not self.question.composite
 
 
 def header() -> RenderableType:
@@ -55,49 +63,45 @@ def header() -> RenderableType:
 
 def row(outcome: Outcome, experts: Sequence[str]) -> RenderableType:
     """The table's row of one question; ✓ and ✗ mark right answers and the task's own expert."""
-    question, reply = outcome.question, outcome.reply
-    prompt = Text.assemble(
-        (" + ".join(question.tasks), "bold"), "\n", (shortened(question.prompt, _PROMPT_CHARS), "dim")
-    )
-    gold = Text(shortened(question.gold, _ANSWER_CHARS))
+    question = outcome.question
+    title = (", then " if question.conversation else " + ").join(question.tasks)
+    asked = shortened(" ".join(question.turns), _PROMPT_CHARS)
+    prompt = Text.assemble((title, "bold"), "\n", (asked, "dim"))
+    gold = _lines(question.gold)
     way = Text(question.transport)
-    if reply is None:
+    if not outcome.replies:
         return _line(way, prompt, Text(f"failed: {outcome.failure}", style="red"), gold, Text("-"))
-    answer = Text(shortened(reply.text, _ANSWER_CHARS) or "(empty)")
+    answer = _lines([reply.text or "(empty)" for reply in outcome.replies])
     if question.composite:
-        counts = dominated(reply.tokens, experts)
-        expert = Text("\n".join(f"{name}: {count} tokens" for name, count in counts))
+        expert = Text("\n".join(f"{experts[index]}: {count} tokens" for index, count in dominated(outcome.tokens)))
     else:
         answer = Text.assemble(_mark(outcome.right), answer)
-        expert = Text.assemble(_mark(outcome.own_task), reply.dominating or "none")
+        expert = Text.assemble(_mark(outcome.own_task), outcome.replies[0].dominating or "none")
     return _line(way, prompt, answer, gold, expert)
 
 
-def trace(tokens: Sequence[Token], experts: Sequence[str]) -> RenderableType:
+def trace(outcome: Outcome, experts: Sequence[str]) -> RenderableType:
     """Every token in the colour of its dominating expert, which ``[number]`` names too wherever it changes."""
-    body, before = Text(), None
-    for token in tokens:
-        expert = token.dominating
-        if expert != before:
-            body.append(f"[{expert + 1}]", style=f"bold reverse {_colour(expert)}")
-        body.append(token.text or _UNSEEN, style=_colour(expert))
-        before = expert
+    how = "in one conversation" if outcome.question.conversation else "in one prompt"
+    title = f"{len(outcome.question.tasks)} tasks {how}: each token by the expert with its largest share"
+    answers = [_traced(reply.tokens) for reply in outcome.replies]
+    count = len(outcome.tokens)
+    means = [sum(shares) / count for shares in zip(*(token.shares for token in outcome.tokens), strict=True)]
     legend = [
-        Text(f"[{experts.index(name) + 1}] {name}: {count} tokens", style=_colour(experts.index(name)))
-        for name, count in dominated(tokens, experts)
+        Text(f"[{index + 1}] {experts[index]}: {ours} tokens, {means[index]:.0%} of the gate weight", _colour(index))
+        for index, ours in dominated(outcome.tokens)
     ]
-    title = Text("Routing trace of the composite answer: each token by the expert with its largest share", style="bold")
-    return Group(Text(), title, body, Text(), *legend)
+    return Group(Text(), Text(title, style="bold"), *answers, *legend)
 
 
-def dominated(tokens: Sequence[Token], experts: Sequence[str]) -> list[tuple[str, int]]:
-    """How many tokens each expert dominates, most first, without the experts that dominate none."""
-    return Counter(experts[token.dominating] for token in tokens).most_common()
+def dominated(tokens: Sequence[Token]) -> list[tuple[int, int]]:
+    """Index and count of the experts that dominate tokens, most tokens first."""
+    return Counter(token.dominating for token in tokens).most_common()
 
 
 def summary(ranks: int, experts: int, outcomes: Sequence[Outcome]) -> str:
     """The line the demo ends with: ``DEMO OK ...``, or ``DEMO FAILED ...`` and the first reason."""
-    failed = [outcome for outcome in outcomes if outcome.reply is None]
+    failed = [outcome for outcome in outcomes if not outcome.replies]
     broken = {outcome.question.transport for outcome in failed}
     single = [outcome for outcome in outcomes if not outcome.question.composite]
     ways = " ".join(f"{transport}={'failed' if transport in broken else 'ok'}" for transport in TRANSPORTS)
@@ -121,6 +125,22 @@ def shortened(text: str, most: int) -> str:
         return line
     head = (most - 1) // 2
     return f"{line[:head].rstrip()}…{line[head + 1 - most :].lstrip()}"
+
+
+def _traced(tokens: Sequence[Token]) -> Text:
+    body, before = Text("  "), None
+    for token in tokens:
+        expert = token.dominating
+        if expert != before:
+            body.append(f"[{expert + 1}]", style=f"bold reverse {_colour(expert)}")
+        body.append(token.text or _UNSEEN, style=_colour(expert))
+        before = expert
+    return body
+
+
+def _lines(texts: Sequence[str]) -> Text:
+    """Each text, shortened, on a line of its own."""
+    return Text("\n".join(numbered([shortened(text, _ANSWER_CHARS) for text in texts])))
 
 
 def _mark(good: bool) -> Text:

@@ -1,8 +1,8 @@
-"""What the demo asks: held-out rows of every expert's task, and one prompt made of several tasks."""
+"""What the demo asks: held-out rows of every expert's task, and several tasks in one prompt and one conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,17 +25,19 @@ _COMPOSITE_ORDER = "Answer these {count} questions in order, one numbered line f
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt.
+    """One prompt, or one conversation.
 
     Attributes:
         rows: Rows it is made of.
         tasks: The task of each row.
         transport: How it is sent.
+        conversation: Whether each row is a turn of its own, sent once the turn before is answered.
     """
 
     rows: tuple[TaskRow, ...]
     tasks: tuple[str, ...]
     transport: Transport
+    conversation: bool = False
 
     @property
     def composite(self) -> bool:
@@ -43,30 +45,30 @@ class Question:
         return len(self.rows) > 1
 
     @property
-    def prompt(self) -> str:
-        """The user turn."""
-        if not self.composite:
-            return self.rows[0].prompt
+    def turns(self) -> tuple[str, ...]:
+        """What the user says; each turn gets an answer."""
+        if self.conversation or not self.composite:
+            return tuple(row.prompt for row in self.rows)
         order = _COMPOSITE_ORDER.format(count=len(self.rows))
-        return "\n\n".join([order, *_numbered(row.prompt for row in self.rows)])
+        return ("\n\n".join([order, *numbered([row.prompt for row in self.rows])]),)
 
     @property
-    def gold(self) -> str:
-        """The right answer; of a composite, one numbered line for each row."""
-        return "\n".join(_numbered(row.target for row in self.rows)) if self.composite else self.rows[0].target
+    def gold(self) -> tuple[str, ...]:
+        """The right answer to each row."""
+        return tuple(row.target for row in self.rows)
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens the answer may have."""
-        return _COMPOSITE_TOKENS if self.composite else _ANSWER_TOKENS
+        """Most tokens an answer may have."""
+        return _COMPOSITE_TOKENS if self.composite and not self.conversation else _ANSWER_TOKENS
 
 
 def read_questions(data: Path, experts: Sequence[str]) -> list[Question]:
-    """The demo's prompts: one or more for each expert, over all transports in turn, and the composite one last.
+    """The demo's prompts: one or more for each expert, over all transports in turn, and the two composite ones last.
 
     Args:
         data: Folder with ``<expert>.jsonl.gz`` for each expert.
-        experts: The bank's experts, named after their tasks. The composite prompt joins the first three.
+        experts: The bank's experts, named after their tasks. The composite ones are of the first three.
 
     Raises:
         CheckpointError: The folder, or the file of an expert, is missing or holds too few rows.
@@ -83,7 +85,8 @@ def read_questions(data: Path, experts: Sequence[str]) -> list[Question]:
         # shifted every round, so that a task meets another transport in the next one
         questions.append(Question((rows[task][turn],), (task,), TRANSPORTS[(index + turn) % len(TRANSPORTS)]))
     joined = tuple(experts[:COMPOSITE_TASKS])
-    return [*questions, Question(tuple(rows[task][rounds] for task in joined), joined, "grpc_stream")]
+    last = tuple(rows[task][rounds] for task in joined)
+    return [*questions, Question(last, joined, "grpc_stream"), Question(last, joined, "http_stream", conversation=True)]
 
 
 def short_rows(path: Path, count: int) -> list[TaskRow]:
@@ -103,5 +106,6 @@ def short_rows(path: Path, count: int) -> list[TaskRow]:
     return short
 
 
-def _numbered(texts: Iterable[str]) -> list[str]:
-    return [f"{number}. {text}" for number, text in enumerate(texts, 1)]
+def numbered(texts: Sequence[str]) -> list[str]:
+    """The texts with their numbers; a single one stays as it is."""
+    return [f"{number}. {text}" for number, text in enumerate(texts, 1)] if len(texts) > 1 else list(texts)

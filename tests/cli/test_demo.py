@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from meteora_dist.cli import demo
 from meteora_dist.cli.demo_display import Outcome, header, row, shortened, summary, trace
 from meteora_dist.cli.demo_questions import SHORT_SHARE, TRANSPORTS, Question, read_questions, short_rows
-from meteora_dist.cli.demo_transports import Reply, Token
+from meteora_dist.cli.demo_replies import Reply, Token
 from meteora_dist.cli.main import build_app
 from meteora_dist.errors import CheckpointError
 from meteora_dist.evaluation.tasks import TaskRow, read_task, split
@@ -42,13 +42,19 @@ def token(text: str, expert: int) -> Token:
 
 def single(transport: str = "http", answer: str = "four", dominating: str | None = "numbers") -> Outcome:
     question = Question((TaskRow("2 [b]+ 2?", "four"),), ("numbers",), transport)
-    return Outcome(question, Reply(answer, (token(answer, 2),), dominating))
+    return Outcome(question, (Reply(answer, (token(answer, 2),), dominating),))
 
 
 def composite() -> Outcome:
     rows = tuple(TaskRow(f"what {task}?", task[:2]) for task in EXPERTS)
-    tokens = (token("1. an", 0), token("\n2. co", 1), token("[/x]", 1), token("", 2))
-    return Outcome(Question(rows, EXPERTS, "grpc_stream"), Reply("1. an\n2. co[/x]", tokens, "colours"))
+    tokens = (token("1. an", 0), token(" 2. co", 1), token("[/x]", 1), token("", 2))
+    return Outcome(Question(rows, EXPERTS, "grpc_stream"), (Reply("1. an 2. co[/x]", tokens, "colours"),))
+
+
+def conversation() -> Outcome:
+    question = Question(composite().question.rows, EXPERTS, "http_stream", conversation=True)
+    replies = (Reply(task[:2], (token(task[:2], index),), task) for index, task in enumerate(EXPERTS))
+    return Outcome(question, tuple(replies))
 
 
 def printed(*parts: object, width: int = 120, colour: bool = False) -> str:
@@ -59,21 +65,22 @@ def printed(*parts: object, width: int = 120, colour: bool = False) -> str:
     return capture.get()
 
 
-def test_the_demo_asks_every_task_over_every_transport_and_a_composite_last() -> None:
-    questions = read_questions(ROOT / "examples" / "data", TASKS)
-    *singles, last = questions
+def test_the_demo_asks_every_task_over_every_transport_and_composites_last() -> None:
+    *singles, prompt, talk = read_questions(ROOT / "examples" / "data", TASKS)
     assert len(TASKS) == 8
     assert len(singles) >= 10
     assert {question.tasks for question in singles} == {(task,) for task in TASKS}
     assert set(Counter(question.transport for question in singles)) == set(TRANSPORTS)
-    assert (last.composite, last.tasks) == (True, TASKS[:3])
+    for last in (prompt, talk):
+        assert (last.composite, last.tasks, last.rows) == (True, TASKS[:3], prompt.rows)
+    assert (len(prompt.turns), len(talk.turns)) == (1, 3)
     assert not any(question.composite for question in singles)
 
 
 def test_every_row_is_held_out_and_asked_once() -> None:
     asked = [
         (task, row)
-        for question in read_questions(ROOT / "examples" / "data", TASKS)
+        for question in read_questions(ROOT / "examples" / "data", TASKS)[:-1]
         for task, row in zip(question.tasks, question.rows, strict=True)
     ]
     for task in TASKS:
@@ -83,10 +90,11 @@ def test_every_row_is_held_out_and_asked_once() -> None:
     assert len(set(asked)) == len(asked)
 
 
-def test_a_composite_prompt_numbers_its_questions_and_gold_answers() -> None:
-    question = composite().question
-    assert question.prompt.endswith("1. what animals?\n\n2. what colours?\n\n3. what numbers?")
-    assert question.gold == "1. an\n2. co\n3. nu"
+def test_a_composite_prompt_numbers_its_questions_and_a_conversation_takes_them_in_turn() -> None:
+    (prompt,) = composite().question.turns
+    assert prompt.endswith("1. what animals?\n\n2. what colours?\n\n3. what numbers?")
+    assert conversation().question.turns == ("what animals?", "what colours?", "what numbers?")
+    assert conversation().question.gold == ("an", "co", "nu")
 
 
 def test_short_rows_are_the_first_of_the_shorter_held_out_ones(tmp_path: Path) -> None:
@@ -126,33 +134,48 @@ def test_rows_printed_one_by_one_line_up() -> None:
 
 
 def test_a_failed_row_says_why() -> None:
-    failed = Outcome(single().question, None, "HTTP 503: the engine is starting")
+    failed = Outcome(single().question, (), "HTTP 503: the engine is starting")
     assert "failed: HTTP 503" in printed(row(failed, EXPERTS))
 
 
+def test_a_row_of_several_tasks_shows_every_answer_and_whose_tokens_they_are() -> None:
+    line = printed(row(conversation(), EXPERTS))
+    for part in ("animals, then colours, then", "1. an", "2. co", "3. nu", "numbers: 1 tokens"):
+        assert part in line
+    assert "✓" not in line
+
+
 def test_the_trace_names_the_expert_wherever_it_changes_without_colours() -> None:
-    text = printed(trace(composite().reply.tokens, EXPERTS))
-    assert "[1]1. an\n[2]2. co[/x][3]·" in text.replace("[2]\n2", "\n[2]2")
-    assert "[2] colours: 2 tokens" in text
-    assert text.index("[2] colours") < text.index("[1] animals: 1 tokens")
+    lines = printed(trace(composite(), EXPERTS)).splitlines()
+    assert lines[2:] == [
+        "  [1]1. an[2] 2. co[/x][3]·",
+        "[2] colours: 2 tokens, 45% of the gate weight",
+        "[1] animals: 1 tokens, 28% of the gate weight",
+        "[3] numbers: 1 tokens, 28% of the gate weight",
+    ]
+
+
+def test_the_trace_of_a_conversation_has_a_line_for_each_answer() -> None:
+    assert printed(trace(conversation(), EXPERTS)).splitlines()[2:5] == ["  [1]an", "  [2]co", "  [3]nu"]
 
 
 def test_the_trace_gives_every_expert_a_colour_of_its_own() -> None:
-    many = [f"e{index}" for index in range(8)]
-    tokens = [Token(name, tuple(float(index == place) for place in range(8))) for index, name in enumerate(many)]
-    text = printed(trace(tokens, many), colour=True)
+    many = tuple(f"e{index}" for index in range(8))
+    tokens = tuple(Token(name, tuple(float(index == place) for place in range(8))) for index, name in enumerate(many))
+    outcome = Outcome(composite().question, (Reply("", tokens, None),))
+    text = printed(trace(outcome, many), colour=True)
     assert len({text[: text.index(f"{name}\x1b")].rpartition("\x1b[")[2] for name in many}) == 8
 
 
 def test_the_summary_counts_single_task_prompts_alone() -> None:
-    outcomes = [single("http"), single("grpc", dominating="animals"), composite()]
+    outcomes = [single("http"), single("grpc", dominating="animals"), composite(), conversation()]
     assert summary(2, 3, outcomes) == (
         "DEMO OK ranks=2 experts=3 http=ok http_stream=ok grpc=ok grpc_stream=ok routed_to_own_task=1/2"
     )
 
 
 def test_the_failure_line_names_the_transport_and_the_reason_on_one_line() -> None:
-    failed = Outcome(single("http_stream").question, None, "HTTP 500:\nthe rank is gone")
+    failed = Outcome(single("http_stream").question, (), "HTTP 500:\nthe rank is gone")
     line = summary(2, 3, [single("http"), failed, composite()])
     assert line.startswith("DEMO FAILED ranks=2 experts=3 http=ok http_stream=failed grpc=ok grpc_stream=ok ")
     assert line.endswith(": http_stream, numbers: HTTP 500: the rank is gone")

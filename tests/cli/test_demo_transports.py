@@ -12,13 +12,15 @@ import pytest
 
 from meteora_dist.bank import Bank
 from meteora_dist.cli.demo_questions import TRANSPORTS, Question, Transport
-from meteora_dist.cli.demo_transports import AskFailed, Client, read_events
+from meteora_dist.cli.demo_replies import AskFailed, read_events
+from meteora_dist.cli.demo_transports import Client
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.evaluation.tasks import TaskRow
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.grpc_api import GrpcMethods
 from meteora_dist.serving.http_api import create_api
 from meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc import InferenceStub, add_InferenceServicer_to_server
+from meteora_dist.serving.request import Turn
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.scripted import ScriptedEngine, says
@@ -65,13 +67,27 @@ async def test_every_transport_brings_the_answer_and_the_share_of_every_token(
 ) -> None:
     engine = says(tokenizer, "four")
     async with connect(engine) as client:
-        reply = await client.ask(question(transport))
+        (reply,) = await client.ask(question(transport))
     assert (reply.text, reply.dominating) == ("four", tiny_bank.names[1])
     assert [token.text for token in reply.tokens] == ["f", "o", "u", "r", ""]
     assert {token.dominating for token in reply.tokens} == {1}
     assert reply.tokens[0].shares == pytest.approx((0.1, 0.6, 0.2, 0.1))
     (asked,) = engine.seen
     assert (asked.max_tokens, asked.sampling.temperature, asked.routing.mode) == (32, 0.0, "auto")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_later_turn_has_the_earlier_ones_as_its_context(
+    transport: Transport, connect: Connect, tokenizer: TextTokenizer
+) -> None:
+    engine = says(tokenizer, "yes")
+    talk = Question((TaskRow("a?", "yes"), TaskRow("b?", "no")), ("sums", "sums"), transport, conversation=True)
+    async with connect(engine) as client:
+        replies = await client.ask(talk)
+    assert [reply.text for reply in replies] == ["yes", "yes"]
+    prompts = [list(asked.prompt_ids) for asked in engine.seen]
+    said = [Turn("user", "a?"), Turn("assistant", "yes"), Turn("user", "b?")]
+    assert prompts == [list(tokenizer.encode(tuple(said[:1]))), list(tokenizer.encode(tuple(said)))]
 
 
 async def test_all_transports_send_the_same_request(connect: Connect, tokenizer: TextTokenizer) -> None:
