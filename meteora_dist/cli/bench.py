@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from meteora_dist.bench.decode import DecodePlan, DecodeRow, measure_decode
 from meteora_dist.engine.config import EngineConfig
@@ -32,6 +33,7 @@ def decode(
 
     Example: meteora bench decode --batch 1 --batch 8 --json decode.json
     """
+    transformers_logging.disable_progress_bar()
     plan = DecodePlan(tuple(batch or [8]), top_k, tokens, repeats)
     config = EngineConfig(model=model or demo_model_dir(), bank=bank, threads=threads)
     with Progress(console=Console(stderr=True), transient=True) as progress:
