@@ -146,8 +146,9 @@ async def _ask_all(
         console.print(header())
         outcomes = []
         async with asyncio.TaskGroup() as group:
-            calls = [group.create_task(_ask(client, question, note)) for question in questions]
-            for call in calls:
+            # the composite ones, last in the table, take longest: they are sent first
+            calls = [group.create_task(_ask(client, question, note)) for question in reversed(questions)]
+            for call in reversed(calls):
                 outcomes.append(await call)
                 console.print(row(outcomes[-1], experts))
     for outcome in outcomes:

@@ -15,7 +15,7 @@ TRANSPORTS: tuple[Transport, ...] = ("http", "http_stream", "grpc", "grpc_stream
 
 SINGLE_PROMPTS = 12
 COMPOSITE_TASKS = 3
-SHORT_SHARE = 0.5
+SHORT_SHARE = 1 / 3
 """Only this share of a task's held-out rows, the shortest ones, is asked, so that the demo is quick on two cores."""
 
 _ANSWER_TOKENS = 32

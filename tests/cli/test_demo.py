@@ -97,13 +97,13 @@ def test_a_composite_prompt_numbers_its_questions_and_a_conversation_takes_them_
     assert conversation().question.gold == ("an", "co", "nu")
 
 
-def test_short_rows_are_the_first_of_the_shorter_held_out_ones(tmp_path: Path) -> None:
-    # 40 rows, of which the last 8 are held out; of those the shortest half is c, a, bb, dd, and the next as long
-    held_out = ["c" * 9, "c", "a", "e" * 8, "bb", "f" * 7, "dd", "g" * 6]
+def test_short_rows_are_the_first_of_the_shortest_held_out_ones(tmp_path: Path) -> None:
+    # 40 rows, of which the last 8 are held out; int(8 / 3) = 2 of those are shorter than bb, which is as long as dd
+    held_out = ["c" * 9, "c", "e" * 8, "bb", "a", "f" * 7, "dd", "g" * 6]
     path = write_rows(tmp_path / "t.jsonl.gz", [*(f"{number}" for number in range(32)), *held_out])
-    assert SHORT_SHARE == 0.5
-    assert [row.input for row in short_rows(path, 3)] == ["c", "a", "bb"]
-    with pytest.raises(CheckpointError, match=r"t\.jsonl\.gz: has 5 short held-out rows; the demo needs 6"):
+    assert SHORT_SHARE == 1 / 3
+    assert [row.input for row in short_rows(path, 3)] == ["c", "bb", "a"]
+    with pytest.raises(CheckpointError, match=r"t\.jsonl\.gz: has 4 short held-out rows; the demo needs 6"):
         short_rows(path, 6)
 
 
