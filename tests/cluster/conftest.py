@@ -11,7 +11,7 @@ import ray
 from meteora_cluster.local import local_ray
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def own_ray(ray_home: Path) -> Iterator[None]:
     """A Ray with two logical CPUs that is gone, with all its processes, when the folder's tests are done."""
     with local_ray(cpus=2):
