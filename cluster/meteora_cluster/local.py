@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from math import ceil
@@ -37,22 +39,36 @@ def local_ray(*, cpus: float, gpus: int = 0, temp_dir: Path | None = None) -> It
         raise RuntimeError("this process is connected to a Ray already")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     before = _descendants()
-    ray.init(
-        address="local",
-        num_cpus=max(ceil(cpus), os.cpu_count() or 1),
-        num_gpus=gpus or None,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=True,
-        _temp_dir=str(temp_dir) if temp_dir else None,
-    )
     try:
+        with _own_sigterm():
+            ray.init(
+                address="local",
+                num_cpus=max(ceil(cpus), os.cpu_count() or 1),
+                num_gpus=gpus or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+                _temp_dir=str(temp_dir) if temp_dir else None,
+            )
         yield
     finally:
         ours = _descendants() - before
         ray.shutdown()
         _wait_gone(ours)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Puts the caller's SIGTERM handler back: Ray installs one that aborts the process and leaves others running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _psutil() -> Any:

@@ -49,7 +49,8 @@ def command(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, _PIPE_WIDTH)
-    _end_on_sigterm()
+    # A service manager ends us with SIGTERM; it has to clean up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         line, good = _demo(console, bank)
     except MeteoraError as error:
@@ -114,7 +115,6 @@ def _demo(console: Console, bank: Path) -> tuple[str, bool]:
     with Activity(console) as activity:
         activity.begin(f"Starting Ray and {RANKS} ranks with {bank}, {len(experts)} experts")
         with running_service(config, http_port, grpc_port) as endpoints:
-            _end_on_sigterm()  # Ray has put its own handler there, which aborts the process and leaves others running
             console.print(f"{RANKS} ranks are ready after {activity.seconds:.0f} s: {endpoints.http}, {endpoints.grpc}")
             activity.begin(f"Asking {len(questions)} questions")
             outcomes = asyncio.run(_ask_all(endpoints, questions, experts, console, activity))
@@ -122,11 +122,6 @@ def _demo(console: Console, bank: Path) -> tuple[str, bool]:
     single = [outcome for outcome in outcomes if not outcome.question.composite]
     console.print(f"right answers: {sum(outcome.right for outcome in single)} of {len(single)}")
     return summary(RANKS, len(experts), outcomes), all(outcome.replies for outcome in outcomes)
-
-
-def _end_on_sigterm() -> None:
-    """Makes SIGTERM clean up as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 async def _ask_all(

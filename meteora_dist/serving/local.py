@@ -109,7 +109,7 @@ def _await_health(endpoints: Endpoints) -> None:
     deadline = time.monotonic() + _READY_S
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{endpoints.http}/healthz").status_code == httpx.codes.OK:
+            if httpx.get(f"{endpoints.http}/healthz", trust_env=False).status_code == httpx.codes.OK:
                 return
         time.sleep(_POLL_S)
     raise EngineUnavailable(f"{endpoints.http}/healthz was not ready within {_READY_S:.0f} s of the deployment")
