@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ SERVICER = "meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc.add_Inferen
 _APP = "meteora"
 _REQUEST_TIMEOUT_S = 600.0
 _READY_S = 30.0
+_PROXY_START_S = 20.0
 _POLL_S = 0.1
 
 
@@ -66,6 +68,8 @@ def running_service(
     for port in (http_port, grpc_port):
         _check_free(port)
     open_model(service)
+    # Serve gives up on a proxy that takes longer than five seconds to start, which happens on a busy machine.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_START_S))
     gpus = service.rank_gpus * service.mesh.size
     cpus = service.replica_cpus + service.rank_cpus * service.mesh.size
     with local_ray(cpus=cpus, gpus=int(gpus)), _quiet_serve_log():
