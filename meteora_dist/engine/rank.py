@@ -94,10 +94,12 @@ class RankEngine:
             self._manager.cancel_request(request_id)
 
     def check(self) -> None:
-        """Raises EngineUnavailable when the loop is not running."""
-        error = self._manager.background_thread_status.fatal_error
-        if error is not None or not self._manager.is_running():
-            raise EngineUnavailable(f"the generation loop is not running: {error or 'it was stopped'}")
+        """Raises EngineUnavailable when the loop is not running, or is about to end."""
+        status = self._manager.background_thread_status
+        # A failing loop refuses first, then tells its callers, and has its error on record only after that.
+        refusal = status.can_accept_new_requests()
+        if refusal is not None or not self._manager.is_running():
+            raise EngineUnavailable(f"the generation loop is not running: {status.fatal_error or refusal}")
 
     def stop(self) -> None:
         """Finishes live requests, leaves the world. All ranks have to stop."""
