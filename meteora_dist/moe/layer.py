@@ -109,7 +109,7 @@ class SharedDeltas:
 
 
 class RoutedLinear(nn.Module):
-    """A base linear with routed experts: ``y = x W^T + sum_k w_k s_e (x A_e^T) B_e^T`` (MeteoRA, equation 3)."""
+    """A base linear with routed experts: ``y = x W^T + sum_k w_k s_e (x A_e^T) B_e^T`` (MeteoRA, arXiv 2405.13053)."""
 
     def __init__(self, base_layer: nn.Linear, shared: SharedDeltas, index: int) -> None:
         """Wraps ``base_layer`` as linear number ``index`` of its group."""

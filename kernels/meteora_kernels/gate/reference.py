@@ -4,7 +4,7 @@
     weights = softmax(logits[ids] / temperature)
 
 For K = 1 the weight is 1. At temperature 1 the weights equal softmax over all experts, cut to the top k and
-renormalised (MeteoRA, arXiv 2405.13053, section 3).
+renormalised (MeteoRA, arXiv 2405.13053).
 
 Shapes: T tokens, E experts, K = ``top_k`` slots; leading dimensions beyond T are free.
 """

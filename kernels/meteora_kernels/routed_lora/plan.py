@@ -11,7 +11,7 @@ from meteora_kernels.routed_lora.grouped import routed_lora_grouped
 from meteora_kernels.routed_lora.stack import LoraStack
 
 DENSE_COLUMNS = 512
-"""Columns (experts times rank) a linear may have before reading all of them costs more than sorting."""
+"""Columns (experts times rank) a linear may have to be served densely; chosen by arithmetic, not yet measured."""
 
 RoutedLora = Callable[[Tensor, LoraStack, Tensor, Tensor], tuple[Tensor, ...]]
 

@@ -2,7 +2,7 @@
 
     delta_n[t] = sum_k w[t,n,k] * s[n,e] * (x[t] A[n,e]^T) B[n,e]^T,   e = ids[t,n,k]
 
-This is the readable twin, one expert at a time in fp32. MeteoRA, arXiv 2405.13053, equation 3.
+This is the readable twin, one expert at a time in fp32. MeteoRA, arXiv 2405.13053.
 
 Shapes: T tokens, H input width, O_n output width, N linears, K slots. An id of -1 is an empty slot.
 """
