@@ -41,7 +41,7 @@ imports: setup ## Check who may import whom
 	$(BIN)/lint-imports --no-logo
 
 unit: fetch-demo ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 wheel: setup ## Build the wheel and use it in a fresh environment
 	scripts/check_wheel.sh

@@ -74,9 +74,8 @@ def batches(examples: list[tuple[Tensor, Tensor]], tokens: int, rng: random.Rand
             yield group
 
 
-def train(base: Path, name: str, rows: list[TaskRow], out: Path) -> None:
+def train(base: Path, name: str, recipe: Recipe, rows: list[TaskRow], out: Path) -> None:
     """Trains the adapter of one task and writes it to ``out/name``."""
-    recipe = RECIPES[name]
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -134,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in arguments.tasks:
         rows, _ = task_rows(name)
-        train(arguments.base, name, rows, arguments.out)
+        train(arguments.base, name, RECIPES[name], rows, arguments.out)
 
 
 if __name__ == "__main__":
