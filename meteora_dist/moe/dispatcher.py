@@ -83,27 +83,28 @@ class AllToAllDispatcher:
     """Token exchange over a process group: one all-to-all of rows there, one of deltas back."""
 
     def __init__(self, placement: Placement, group: dist.ProcessGroup) -> None:
-        """Binds the owner map to the group whose rank i owns ``placement.experts_of(i)``."""
-        if placement.ranks != group.size():
-            raise ValueError(f"a placement on {placement.ranks} ranks cannot run in a group of {group.size()}")
+        """Binds the placement to the group whose rank i holds ``placement.slots_of(i)``."""
+        if placement.groups != group.size():
+            raise ValueError(f"a placement on {placement.groups} groups cannot run in a group of {group.size()} ranks")
         self._group = group
-        self._rank = group.rank()
-        self._owner_E = torch.tensor(placement.owner)
-        self._local_E = torch.tensor(placement.local_id)
+        self._target_E = torch.tensor(placement.targets(group.rank()))
+        self._local_E = torch.tensor(placement.local_ids(group.rank(), NO_EXPERT))
 
     def dispatch(self, x_TH: Tensor, ids_TNK: Tensor, weights_TNK: Tensor) -> Dispatched:
         """See ``Dispatcher``; rows, ids and weights travel in one message."""
         tokens = x_TH.shape[0]
-        owner_TNK = torch.where(ids_TNK >= 0, self._owner_E[ids_TNK.clamp_min(0)], NO_EXPERT)
-        wanted_DT = (owner_TNK.flatten(1)[None] == torch.arange(self._group.size())[:, None, None]).any(-1)
-        token_S = wanted_DT.nonzero()[:, 1]
+        target_TNK = torch.where(ids_TNK >= 0, self._target_E[ids_TNK.clamp_min(0)], NO_EXPERT)
+        wanted_DT = (target_TNK.flatten(1)[None] == torch.arange(self._group.size())[:, None, None]).any(-1)
+        rank_S, token_S = wanted_DT.nonzero().unbind(1)
+        # A rank is told only of the experts it computes: of a replicated one, other ranks hold copies too.
+        ids_SNK = torch.where(target_TNK[token_S] == rank_S[:, None, None], ids_TNK[token_S], NO_EXPERT)
         sent_D = wanted_DT.sum(1)
         received_D = torch.empty_like(sent_D)
         dist.all_to_all_single(received_D, sent_D, group=self._group)
         sent, received = tuple(sent_D.tolist()), tuple(received_D.tolist())
 
         payload_SB = torch.cat(
-            [_bytes(x_TH[token_S]), _bytes(ids_TNK[token_S].int()), _bytes(weights_TNK[token_S].float())], dim=1
+            [_bytes(x_TH[token_S]), _bytes(ids_SNK.int()), _bytes(weights_TNK[token_S].float())], dim=1
         )
         payload_MB = payload_SB.new_empty(sum(received), payload_SB.shape[1])
         dist.all_to_all_single(payload_MB, payload_SB, list(received), list(sent), group=self._group)
@@ -113,7 +114,7 @@ class AllToAllDispatcher:
         rows_MB, ids_MB, weights_MB = payload_MB.split([width, meta, meta], dim=1)
         ids_MNK = ids_MB.contiguous().view(torch.int32).unflatten(1, slots).long()
         weights_MNK = weights_MB.contiguous().view(torch.float32).unflatten(1, slots)
-        mine_MNK = (ids_MNK >= 0) & (self._owner_E[ids_MNK.clamp_min(0)] == self._rank)
+        mine_MNK = ids_MNK >= 0
         return Dispatched(
             rows_MH=rows_MB.contiguous().view(x_TH.dtype),
             local_ids_MNK=torch.where(mine_MNK, self._local_E[ids_MNK.clamp_min(0)], NO_EXPERT),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
 from meteora_dist.moe.gate import route
-from meteora_dist.moe.placement import contiguous
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step, slots_of
 
 BLEND = RoutingChoice(mode="fixed", experts=((3, 0.7), (0, 0.3)))
@@ -52,14 +50,3 @@ def test_more_slots_than_a_pass_needs_change_nothing() -> None:
     assert wide_ids[..., 2:].unique().tolist() == [-1]
     torch.testing.assert_close(wide_weights[..., :2], weights)
     assert wide_weights[..., 2:].abs().max() == 0
-
-
-@pytest.mark.parametrize(("experts", "ranks"), [(8, 2), (5, 2), (2, 3), (28, 4), (1, 1)])
-def test_placement_covers_every_expert_once(experts: int, ranks: int) -> None:
-    placement = contiguous(experts, ranks)
-    owned = [placement.experts_of(rank) for rank in range(ranks)]
-    assert [expert for part in owned for expert in part] == list(range(experts))
-    assert max(map(len, owned)) - min(map(len, owned)) <= 1
-    for rank, part in enumerate(owned):
-        assert [placement.local_id[expert] for expert in part] == list(range(len(part)))
-        assert {placement.owner[expert] for expert in part} <= {rank}

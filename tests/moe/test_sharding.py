@@ -60,7 +60,7 @@ def _sharded_cases(rank: int, base: Path, bank_path: Path, world: int) -> list[T
     group = dist.group.WORLD
     assert group is not None
     bank = Bank.open(bank_path)
-    routed = build(base, bank, AllToAllDispatcher(placement, group), placement.experts_of(rank))
+    routed = build(base, bank, AllToAllDispatcher(placement, group), placement.slots_of(rank))
     answers = [forward(routed, prompt(tokens, 2), [RoutingChoice(top_k=k)], k) for tokens, k in CASES]
     answers.append(forward(routed, prompt(64, 3), MIXED, 2))
     answers.append(forward(routed, prompt(4 + 30 * rank, rank), [RoutingChoice()], 2))
