@@ -13,10 +13,8 @@ from meteora_dist.bank import Bank
 from meteora_dist.errors import BankError
 from meteora_dist.moe.dispatcher import Dispatcher
 from meteora_dist.moe.layer import RoutedGroup, RoutedLinear, RoutingContext, SharedDeltas
+from meteora_dist.moe.linears import SHARED_INPUTS
 from meteora_kernels.routed_lora.stack import Pair, pack
-
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Linears of a block that read one input, in the order the block calls them."""
 
 
 @dataclass(frozen=True, slots=True)
