@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import (
     BackgroundThreadStatus,
@@ -16,14 +17,12 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
+from meteora_dist.engine.lockstep import Lockstep, Vote
 from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.engine.sampling import RequestSampler
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.inject import RoutedModel
 from meteora_dist.moe.routing import StepRouting, plan_step, slots_of
-
-IDLE_WAIT_S = 0.02
-"""How long a rank without work waits for a request before it meets the others again."""
 
 Shares = tuple[float, ...]
 Deliver = Callable[[GenerationOutput, Shares | None], None]
@@ -39,23 +38,26 @@ class LockstepManager(ContinuousBatchingManager):
         generation_config: GenerationConfig,
         batching_config: ContinuousBatchingConfig,
         deliver: Deliver,
-        group: dist.ProcessGroup | None,
+        lockstep: Lockstep,
     ) -> None:
         """Prepares the manager; ``start`` runs it.
 
         Args:
-            routed: The model, its groups bound to the dispatcher of ``group``.
+            routed: The model, its groups bound to the dispatcher of the world.
             generation_config: Defaults of the model.
             batching_config: Limits of batch and cache.
             deliver: Receives every new token.
-            group: The expert-parallel ranks, or None for a rank alone.
+            lockstep: Keeps the ranks of the world together.
         """
         # transformers names a private protocol that its own PreTrainedModel does not spell out.
         super().__init__(routed.model, generation_config, batching_config)  # type: ignore[arg-type]
         self.logit_processor = RequestSampler()
         self.output_router = _Router(self)
         self._routed = routed
-        self._group = group
+        self._lockstep = lockstep
+        self._stepped = time.monotonic()
+        self._asleep = False
+        self._wake_up_loop = _WakeUp(lockstep)
         self._deliver = deliver
         self._shares: dict[str, Shares] = {}
 
@@ -78,12 +80,22 @@ class LockstepManager(ContinuousBatchingManager):
         if refusal is not None:
             raise EngineUnavailable(f"the request was interrupted: {refusal}")
 
+    def stalled_s(self) -> float | None:
+        """Seconds since the loop began its latest step, or None while it sleeps for want of work."""
+        return None if self._asleep else time.monotonic() - self._stepped
+
+    def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
+        """Waits for the loop to end; it may have to be woken for that."""
+        self._lockstep.wake()
+        super().join(stop_trigger_time, timeout)
+
     def deliver(self, output: GenerationOutput) -> None:
         """Passes on an output with the shares of its newest token."""
         self._deliver(output, self._shares.pop(output.request_id, None))
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One step, taken by all ranks together; False ends the loop."""
+        self._stepped = time.monotonic()
         ready = batch_processor.prepare_next_batch()
         batch = batch_processor.inputs_and_outputs
         assert isinstance(batch, ContinuousBatchingIOs), "the engine does not batch asynchronously"
@@ -91,25 +103,20 @@ class LockstepManager(ContinuousBatchingManager):
         requests = [_request(future) for future in futures]
         stopping = not ready and self.background_thread_status.local_status != BackgroundThreadStatus.DONT_STOP
         needed = slots_of([request.routing for request in requests], self._routed.num_experts)
-        some_work, slots, some_stay = self._agree(ready, needed, not stopping)
+        vote = self._lockstep.agree(Vote(ready, needed, staying=not stopping))
         if ready:
-            self._step(batch_processor, futures, requests, slots)
-        elif slots:
+            self._step(batch_processor, futures, requests, vote.slots)
+        elif vote.slots:
             with torch.no_grad():
-                self._routed.serve(slots)
-        elif not some_work and some_stay:
-            self._wake_up_loop.wait(timeout=IDLE_WAIT_S if self._group is not None else 0.1)
-            self._wake_up_loop.clear()
-        return some_work or some_stay
+                self._routed.serve(vote.slots)
+        elif not vote.working and vote.staying:
+            self._sleep()
+        return vote.working or vote.staying
 
-    def _agree(self, ready: bool, slots: int, staying: bool) -> tuple[bool, int, bool]:
-        """Across all ranks: whether any has a batch, the most expert slots any needs, whether any stays."""
-        if self._group is None:
-            return ready, slots, staying
-        votes = torch.tensor([int(ready), slots, int(staying)])
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
-        work, slots, stay = votes.tolist()
-        return bool(work), slots, bool(stay)
+    def _sleep(self) -> None:
+        self._asleep = True
+        self._lockstep.sleep()
+        self._asleep = False
 
     def _step(
         self,
@@ -147,6 +154,17 @@ class LockstepManager(ContinuousBatchingManager):
             else:
                 shares_E = step.shares_TE[last] / self._routed.num_linears
                 self._shares[request.request_id] = tuple(shares_E.tolist())
+
+
+class _WakeUp(threading.Event):
+    """What transformers sets when it has put something into a queue: this wakes the other ranks as well."""
+
+    def __init__(self, lockstep: Lockstep) -> None:
+        super().__init__()
+        self._lockstep = lockstep
+
+    def set(self) -> None:
+        self._lockstep.wake()
 
 
 class _Router(OutputRouter):

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.lockstep import join
 from meteora_dist.engine.manager import LockstepManager, Shares
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
@@ -25,8 +25,6 @@ from meteora_dist.moe.placement import contiguous
 
 KV_PAGE_TOKENS = 64
 """Tokens of a page of the KV cache."""
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-"""How long a rank waits for the others before it gives up."""
 
 
 @dataclass(slots=True)
@@ -54,13 +52,13 @@ class RankEngine:
             CheckpointError: Model or bank cannot be used; the message says why.
         """
         torch.set_num_threads(config.threads)
-        group = _join(config, rank, rendezvous)
-        self.routed = load_routed(config, rank, group)
+        lockstep = join(rank, config.mesh.size, rendezvous)
+        self.routed = load_routed(config, rank, dist.group.WORLD if config.mesh.size > 1 else None)
         self.generation_config = _generation_config(self.routed.model)
         self._max_len = config.max_model_len
         self._live: dict[str, _Live] = {}
         self._manager = LockstepManager(
-            self.routed, self.generation_config, _batching_config(config), self._deliver, group
+            self.routed, self.generation_config, _batching_config(config), self._deliver, lockstep
         )
         self._manager.start()
 
@@ -100,6 +98,10 @@ class RankEngine:
         refusal = status.can_accept_new_requests()
         if refusal is not None or not self._manager.is_running():
             raise EngineUnavailable(f"the generation loop is not running: {status.fatal_error or refusal}")
+
+    def stalled_s(self) -> float | None:
+        """Seconds since the loop began its latest step; None while it sleeps for want of work."""
+        return self._manager.stalled_s()
 
     def stop(self) -> None:
         """Finishes live requests, leaves the world. All ranks have to stop."""
@@ -163,17 +165,6 @@ def load_routed(config: EngineConfig, rank: int, group: dist.ProcessGroup | None
     dispatcher: Dispatcher = LocalDispatcher() if group is None else AllToAllDispatcher(placement, group)
     experts = placement.experts_of(config.mesh.ep_rank(rank))
     return inject(load_base(config.model, dtype), bank, dispatcher, experts, dtype)
-
-
-def _join(config: EngineConfig, rank: int, rendezvous: str | None) -> dist.ProcessGroup | None:
-    if rendezvous is None:
-        if config.mesh.size > 1:
-            raise ValueError(f"a world of {config.mesh.size} ranks needs a rendezvous address")
-        return None
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=config.mesh.size, timeout=COLLECTIVE_TIMEOUT
-    )
-    return dist.group.WORLD
 
 
 def _generation_config(model: PreTrainedModel) -> GenerationConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from meteora_cluster.member import free_port
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
@@ -49,7 +50,7 @@ def serve(rank: int, model: Path, ep: int, rendezvous: str | None) -> list[list[
 
 def test_two_ranks_equal_one(demo_model: Path, tmp_path: Path) -> None:
     alone = serve(0, demo_model, 1, None)
-    shares = run_ranks(2, serve, demo_model, 2, f"file://{tmp_path}/rendezvous", join=False)
+    shares = run_ranks(2, serve, demo_model, 2, f"tcp://127.0.0.1:{free_port()}", join=False)
     together = [answers for pair in zip(*shares, strict=True) for answers in pair]
     assert [[event.token_id for event in events] for events in together] == [
         [event.token_id for event in events] for events in alone

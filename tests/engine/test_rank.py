@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from meteora_cluster.member import free_port
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
@@ -216,6 +217,6 @@ def _lockstep(rank: int, base: Path, bank_path: Path, rendezvous: str) -> list[l
 def test_two_ranks_in_lockstep_equal_one(
     tiny_base: Path, tiny_bank: Bank, tmp_path: Path, expected: list[list[int]]
 ) -> None:
-    rendezvous = f"file://{tmp_path}/rendezvous"
+    rendezvous = f"tcp://127.0.0.1:{free_port()}"
     first, second = run_ranks(2, _lockstep, tiny_base, tiny_bank.path, rendezvous, join=False)
     assert first + second == expected
