@@ -1,15 +1,17 @@
 """From gate logits to the experts of every token, whatever its request chose.
 
-Shapes: T tokens, N linears that share one input, E experts, K slots of the pass.
+Shapes: T tokens, N linears that share one input, E experts of a generation, K slots of the pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-from meteora_dist.moe.routing import NO_EXPERT, StepRouting
+from meteora_dist.moe.routing import NO_EXPERT, MixedRouting, PassRouting, StepRouting
 from meteora_kernels.gate.reference import topk_softmax
 
 
@@ -19,8 +21,44 @@ def gate_logits(x_TH: Tensor, gate_PH: Tensor, num_linears: int) -> Tensor:
     return logits_TP.view(-1, num_linears, gate_PH.shape[0] // num_linears)
 
 
-def route(x_TH: Tensor, gate_PH: Tensor, num_linears: int, step: StepRouting) -> tuple[Tensor, Tensor]:
-    """The pass's expert ids and weights, each [T, N, K]; ``NO_EXPERT`` with weight 0 where a slot is empty."""
+def route(x_TH: Tensor, gates: Sequence[Tensor], num_linears: int, step: PassRouting) -> tuple[Tensor, Tensor]:
+    """Routes a pass by the gates of its requests' generations, and adds up the shares the pass records.
+
+    Args:
+        x_TH: What the N linears read.
+        gates: Stacked gates (see ``gate_logits``) of every live generation.
+        num_linears: N.
+        step: What the requests chose.
+
+    Returns:
+        Slots of the roster and weights, each [T, N, K]; ``NO_EXPERT`` with weight 0 where a slot is empty.
+    """
+    if isinstance(step, StepRouting):
+        return _route_generation(x_TH, gates[step.index], num_linears, step)
+    return _route_mixed_generations(x_TH, gates, num_linears, step)
+
+
+def _route_mixed_generations(
+    x_TH: Tensor, gates: Sequence[Tensor], num_linears: int, step: MixedRouting
+) -> tuple[Tensor, Tensor]:
+    slots_TNK = torch.empty(x_TH.shape[0], num_linears, step.slots, dtype=torch.long, device=x_TH.device)
+    weights_TNK = torch.empty(slots_TNK.shape, device=x_TH.device)
+    for rows_T, part in step.parts:
+        slots_TNK[rows_T], weights_TNK[rows_T] = _route_generation(x_TH[rows_T], gates[part.index], num_linears, part)
+    return slots_TNK, weights_TNK
+
+
+def _route_generation(x_TH: Tensor, gate_PH: Tensor, num_linears: int, step: StepRouting) -> tuple[Tensor, Tensor]:
+    ids_TNK, weights_TNK = _choose(x_TH, gate_PH, num_linears, step)
+    if step.shares_TE is not None:
+        step.shares_TE.scatter_add_(1, ids_TNK.flatten(1).clamp_min(0), weights_TNK.flatten(1))
+    if step.slot_E is None:
+        return ids_TNK, weights_TNK
+    return torch.where(ids_TNK >= 0, step.slot_E[ids_TNK.clamp_min(0)], NO_EXPERT), weights_TNK
+
+
+def _choose(x_TH: Tensor, gate_PH: Tensor, num_linears: int, step: StepRouting) -> tuple[Tensor, Tensor]:
+    """Expert ids of the generation, and weights."""
     shape = (-1, num_linears, -1)
     if not step.gated:
         return step.ids_TK[:, None].expand(shape), step.weights_TK[:, None].expand(shape)
@@ -39,6 +77,8 @@ def route(x_TH: Tensor, gate_PH: Tensor, num_linears: int, step: StepRouting) ->
 
 def _route_mixed_top_k(logits_TNE: Tensor, step: StepRouting, top_k_T: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens that use fewer than K experts: the slots beyond theirs are emptied before the softmax."""
+    # Another generation in use may have more experts, and K be more than this one has.
+    logits_TNE = pad(logits_TNE, (0, max(0, step.slots - logits_TNE.shape[-1])), value=float("-inf"))
     unused_T1K = (torch.arange(step.slots, device=logits_TNE.device) >= top_k_T[:, None])[:, None]
     ids_TNK, _ = topk_softmax(logits_TNE, step.slots)
     chosen_TNK = logits_TNE.gather(-1, ids_TNK)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meteora_dist.moe.dispatcher import Dispatcher
 from meteora_dist.moe.gate import route
-from meteora_dist.moe.routing import NO_EXPERT, StepRouting
+from meteora_dist.moe.routing import NO_EXPERT, PassRouting
 from meteora_kernels.routed_lora.plan import plan
 from meteora_kernels.routed_lora.stack import LoraStack
 
@@ -24,10 +24,10 @@ class RoutingContext:
 
     def __init__(self) -> None:
         """Starts outside any pass."""
-        self.step: StepRouting | None = None
+        self.step: PassRouting | None = None
 
     @contextmanager
-    def routed(self, step: StepRouting | None) -> Iterator[None]:
+    def routed(self, step: PassRouting | None) -> Iterator[None]:
         """Routes the passes run inside by ``step``."""
         self.step = step
         try:
@@ -66,10 +66,8 @@ class RoutedGroup(nn.Module):
         step = self._context.step
         if step is None:
             return None
-        ids_TNK, weights_TNK = route(x_TH, self.gate_PH, len(self.names), step)
-        if step.shares_TE is not None:
-            step.shares_TE.scatter_add_(1, ids_TNK.flatten(1).clamp_min(0), weights_TNK.flatten(1))
-        return self._exchange(x_TH, ids_TNK, weights_TNK)
+        slots_TNK, weights_TNK = route(x_TH, (self.gate_PH,), len(self.names), step)
+        return self._exchange(x_TH, slots_TNK, weights_TNK)
 
     def serve(self, slots: int) -> None:
         """Serves this rank's experts to the others' pass of K = ``slots``, bringing no rows of its own."""

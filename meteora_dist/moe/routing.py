@@ -1,12 +1,15 @@
 """Which experts act on which token: the choice a request makes, and the routing of one forward pass.
 
-Shapes: T tokens of the pass, K expert slots a token.
+Several bank generations may be live at once. Expert ids and shares count in the order of the request's own
+generation; only what ``meteora_dist.moe.gate.route`` returns counts in the slots of the roster.
+
+Shapes: T tokens of the pass, K expert slots a token, E experts of a generation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,8 +53,23 @@ def named(expert: int) -> RoutingChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class LiveGeneration:
+    """What routing must know of a bank generation that requests use.
+
+    Attributes:
+        num_experts: E.
+        index: Its place among the live generations, and so among the gates of every routed group.
+        slot_E: The roster's slot of every expert; None where expert e is in slot e.
+    """
+
+    num_experts: int
+    index: int = 0
+    slot_E: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepRouting:
-    """The routing of one forward pass, for its packed tokens.
+    """The routing of one forward pass over requests of one generation, for its packed tokens.
 
     Attributes:
         auto_T: True where the gates decide. None when they decide for all tokens.
@@ -61,6 +79,8 @@ class StepRouting:
         ids_TK: Experts of the tokens the gates do not decide for, ``NO_EXPERT`` where unused.
         weights_TK: Their weights, 0 where unused, fp32.
         shares_TE: Sum of gate weights over routed linears, filled by the pass; None when nobody asked.
+        index: Of the generation, see ``LiveGeneration``.
+        slot_E: Of the generation, see ``LiveGeneration``.
     """
 
     auto_T: Tensor | None
@@ -70,11 +90,44 @@ class StepRouting:
     ids_TK: Tensor
     weights_TK: Tensor
     shares_TE: Tensor | None = None
+    index: int = 0
+    slot_E: Tensor | None = None
 
     @property
     def slots(self) -> int:
         """K of this pass."""
         return self.ids_TK.shape[1]
+
+    def shares_of(self, token: int) -> Tensor | None:
+        """Shares of a token of the pass, [E]; None when nobody asked."""
+        return None if self.shares_TE is None else self.shares_TE[token]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedRouting:
+    """The routing of one forward pass over requests of several generations.
+
+    Attributes:
+        parts: For every generation its tokens, as rising positions in the pass, and their routing.
+    """
+
+    parts: tuple[tuple[Tensor, StepRouting], ...]
+
+    @property
+    def slots(self) -> int:
+        """K of this pass."""
+        return self.parts[0][1].slots
+
+    def shares_of(self, token: int) -> Tensor | None:
+        """Shares of a token of the pass, [E of its generation]; None when nobody asked."""
+        for rows_T, part in self.parts:
+            place = int(torch.searchsorted(rows_T, token))
+            if place < len(rows_T) and rows_T[place] == token:
+                return part.shares_of(place)
+        raise IndexError(f"the pass has no token {token}")
+
+
+PassRouting = StepRouting | MixedRouting
 
 
 def slots_of(choices: Sequence[RoutingChoice], num_experts: int) -> int:
@@ -118,3 +171,46 @@ def plan_step(
         weights_TK=spread([[weight for _, weight in row] for row in fixed], torch.float32),
         shares_TE=torch.zeros(ids_TK.shape[0], num_experts) if trace else None,
     )
+
+
+def slots_of_pass(
+    choices: Sequence[RoutingChoice], generations: Sequence[int], live: Mapping[int, LiveGeneration]
+) -> int:
+    """As ``slots_of``, for requests of several generations."""
+    pairs = zip(choices, generations, strict=True)
+    return max((slots_of([choice], live[generation].num_experts) for choice, generation in pairs), default=0)
+
+
+def plan_pass(
+    choices: Sequence[RoutingChoice],
+    lengths: Sequence[int],
+    generations: Sequence[int],
+    live: Mapping[int, LiveGeneration],
+    slots: int,
+    trace: bool = False,
+) -> PassRouting:
+    """As ``plan_step``, for requests of several generations.
+
+    Args:
+        choices: Each request's choice.
+        lengths: Each request's tokens in this pass.
+        generations: Each request's bank generation.
+        live: The live generations by number.
+        slots: K, at least ``slots_of_pass(choices, generations, live)``; all ranks of a pass share it.
+        trace: Whether to record shares.
+    """
+
+    def plan(requests: Sequence[int], generation: int) -> StepRouting:
+        chosen, counts = [choices[r] for r in requests], [lengths[r] for r in requests]
+        step = plan_step(chosen, counts, live[generation].num_experts, slots, trace)
+        return replace(step, index=live[generation].index, slot_E=live[generation].slot_E)
+
+    used = sorted(set(generations))
+    if len(used) == 1:
+        return plan(range(len(choices)), used[0])
+    owner_T = torch.tensor(generations).repeat_interleave(torch.tensor(lengths))
+    parts = []
+    for generation in used:
+        requests = [r for r, other in enumerate(generations) if other == generation]
+        parts.append(((owner_T == generation).nonzero()[:, 0], plan(requests, generation)))
+    return MixedRouting(tuple(parts))

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from meteora_dist.moe.gate import route
-from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step, slots_of
+from meteora_dist.moe.routing import (
+    BASE,
+    LiveGeneration,
+    MixedRouting,
+    RoutingChoice,
+    StepRouting,
+    named,
+    plan_pass,
+    plan_step,
+    slots_of,
+    slots_of_pass,
+)
 
 BLEND = RoutingChoice(mode="fixed", experts=((3, 0.7), (0, 0.3)))
 
@@ -25,7 +37,7 @@ def test_mixed_requests_share_a_pass() -> None:
     choices = [RoutingChoice(), BASE, named(2), BLEND]
     step = plan_step(choices, [2, 1, 1, 1], num_experts=4, slots=2, trace=True)
     gate_PH = torch.tensor([[0.0], [math.log(3)], [-9.0], [-9.0]])
-    ids_TNK, weights_TNK = route(torch.ones(5, 1), gate_PH, 1, step)
+    ids_TNK, weights_TNK = route(torch.ones(5, 1), (gate_PH,), 1, step)
     assert ids_TNK[:, 0].tolist() == [[1, 0], [1, 0], [-1, -1], [2, -1], [3, 0]]
     expected = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.0, 0.0], [1.0, 0.0], [0.7, 0.3]])
     torch.testing.assert_close(weights_TNK[:, 0], expected)
@@ -36,7 +48,7 @@ def test_requests_may_differ_in_top_k_and_temperature() -> None:
     choices = [RoutingChoice(temperature=2.0), RoutingChoice(top_k=1)]
     step = plan_step(choices, [1, 1], num_experts=3, slots=2)
     gate_PH = torch.tensor([[0.0], [math.log(9)], [-50.0]])
-    ids_TNK, weights_TNK = route(torch.ones(2, 1), gate_PH, 1, step)
+    ids_TNK, weights_TNK = route(torch.ones(2, 1), (gate_PH,), 1, step)
     assert ids_TNK[:, 0].tolist() == [[1, 0], [1, -1]]
     torch.testing.assert_close(weights_TNK[:, 0], torch.tensor([[0.75, 0.25], [1.0, 0.0]]))
 
@@ -44,9 +56,75 @@ def test_requests_may_differ_in_top_k_and_temperature() -> None:
 def test_more_slots_than_a_pass_needs_change_nothing() -> None:
     gate_PH = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     x_TH = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-    ids, weights = route(x_TH, gate_PH, 1, plan_step([RoutingChoice()], [4], 5, 2))
-    wide_ids, wide_weights = route(x_TH, gate_PH, 1, plan_step([RoutingChoice()], [4], 5, 4))
+    ids, weights = route(x_TH, (gate_PH,), 1, plan_step([RoutingChoice()], [4], 5, 2))
+    wide_ids, wide_weights = route(x_TH, (gate_PH,), 1, plan_step([RoutingChoice()], [4], 5, 4))
     assert wide_ids[..., :2].tolist() == ids.tolist()
     assert wide_ids[..., 2:].unique().tolist() == [-1]
     torch.testing.assert_close(wide_weights[..., :2], weights)
     assert wide_weights[..., 2:].abs().max() == 0
+
+
+# Generation 1 has the experts in slots 0, 1, 2; generation 2 has lost the first and got a new one, in slot 3.
+LIVE = {1: LiveGeneration(3), 2: LiveGeneration(3, index=1, slot_E=torch.tensor([1, 2, 3]))}
+# One input feature of value 1, so that the gates are the logits.
+GATES = (torch.tensor([[0.0], [math.log(3)], [-9.0]]), torch.tensor([[-9.0], [0.0], [math.log(3)]]))
+
+
+def test_two_generations_in_one_pass() -> None:
+    # Packed tokens: generation 1 auto | generation 2 auto, twice | generation 1 named 2 | generation 2 named 2.
+    choices = [RoutingChoice(), RoutingChoice(), named(2), named(2)]
+    step = plan_pass(choices, [1, 2, 1, 1], [1, 2, 1, 2], LIVE, 2, trace=True)
+    assert isinstance(step, MixedRouting)
+    slots_TNK, weights_TNK = route(torch.ones(5, 1), GATES, 1, step)
+    assert slots_TNK[:, 0].tolist() == [[1, 0], [3, 2], [3, 2], [2, -1], [3, -1]]
+    expected = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.75, 0.25], [1.0, 0.0], [1.0, 0.0]])
+    torch.testing.assert_close(weights_TNK[:, 0], expected)
+    # Shares stay in the order of the request's own generation.
+    shares = [[0.25, 0.75, 0.0], [0.0, 0.25, 0.75], [0.0, 0.25, 0.75], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
+    for token, wanted in enumerate(shares):
+        torch.testing.assert_close(step.shares_of(token), torch.tensor(wanted))
+    with pytest.raises(IndexError, match="no token 5"):
+        step.shares_of(5)
+
+
+def test_one_generation_needs_no_mixing() -> None:
+    step = plan_pass([RoutingChoice(), named(1)], [2, 1], [1, 1], LIVE, 2)
+    assert isinstance(step, StepRouting)
+    assert step.slot_E is None
+    assert step.shares_of(0) is None
+    later = plan_pass([RoutingChoice(), named(1)], [2, 1], [2, 2], LIVE, 2)
+    assert isinstance(later, StepRouting)
+    slots_TNK, _ = route(torch.ones(3, 1), GATES, 1, later)
+    assert slots_TNK[:, 0].tolist() == [[3, 2], [3, 2], [2, -1]]
+
+
+def test_a_small_generation_beside_one_that_needs_more_slots() -> None:
+    # Five experts beside two; "all experts" means five slots for one request and two for the other.
+    live = {4: LiveGeneration(5), 5: LiveGeneration(2, index=1, slot_E=torch.tensor([4, 0]))}
+    gates = (torch.tensor([[5.0], [4.0], [3.0], [2.0], [1.0]]), torch.tensor([[0.0], [math.log(3)]]))
+    choices = [RoutingChoice(top_k=9), RoutingChoice(top_k=9)]
+    assert slots_of_pass(choices, [4, 5], live) == 5
+    assert slots_of_pass(choices, [5, 5], live) == 2
+    slots_TNK, weights_TNK = route(torch.ones(2, 1), gates, 1, plan_pass(choices, [1, 1], [4, 5], live, 5))
+    assert slots_TNK[:, 0].tolist() == [[0, 1, 2, 3, 4], [0, 4, -1, -1, -1]]
+    torch.testing.assert_close(weights_TNK[1, 0], torch.tensor([0.75, 0.25, 0.0, 0.0, 0.0]))
+    alone = route(torch.ones(1, 1), gates, 1, plan_pass(choices[1:], [1], [5], live, 5))
+    assert torch.equal(alone[0][0], slots_TNK[1])
+    assert torch.equal(alone[1][0], weights_TNK[1])
+
+
+def test_company_of_another_generation_changes_no_token() -> None:
+    generator = torch.Generator().manual_seed(3)
+    live = {7: LiveGeneration(6), 8: LiveGeneration(5, index=1, slot_E=torch.tensor([5, 0, 2, 3, 6]))}
+    gates = (torch.randn(12, 4, generator=generator), torch.randn(10, 4, generator=generator))
+    x_TH = torch.randn(9, 4, generator=generator)
+    choices = [RoutingChoice(temperature=3.0), BLEND, RoutingChoice(top_k=1), BASE, RoutingChoice()]
+    lengths, generations = [2, 1, 3, 1, 2], [7, 8, 8, 7, 8]
+    mixed = route(x_TH, gates, 2, plan_pass(choices, lengths, generations, live, 2))
+    first = 0
+    for choice, length, generation in zip(choices, lengths, generations, strict=True):
+        rows = slice(first, first + length)
+        alone = route(x_TH[rows], gates, 2, plan_pass([choice], [length], [generation], live, 2))
+        assert torch.equal(mixed[0][rows], alone[0])
+        torch.testing.assert_close(mixed[1][rows], alone[1])
+        first += length
