@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from meteora_dist.moe.roster import Roster
+
 NO_EXPERT = -1
 """Fills the expert slots of a token that uses fewer than K experts."""
 
@@ -65,6 +67,18 @@ class LiveGeneration:
     num_experts: int
     index: int = 0
     slot_E: Tensor | None = None
+
+
+def live_generations(roster: Roster) -> dict[int, LiveGeneration]:
+    """What routing must know of the live generations, by number; their gates stand in the same order."""
+    return {
+        number: LiveGeneration(
+            num_experts=len(slots),
+            index=index,
+            slot_E=None if slots == tuple(range(len(slots))) else torch.tensor(slots),
+        )
+        for index, (number, slots) in enumerate(roster.generations.items())
+    }
 
 
 @dataclass(frozen=True, slots=True)

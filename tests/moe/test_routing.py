@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from meteora_dist.moe.gate import route
+from meteora_dist.moe.roster import roster_of
 from meteora_dist.moe.routing import (
     BASE,
     LiveGeneration,
     MixedRouting,
     RoutingChoice,
     StepRouting,
+    live_generations,
     named,
     plan_pass,
     plan_step,
@@ -68,6 +70,15 @@ def test_more_slots_than_a_pass_needs_change_nothing() -> None:
 LIVE = {1: LiveGeneration(3), 2: LiveGeneration(3, index=1, slot_E=torch.tensor([1, 2, 3]))}
 # One input feature of value 1, so that the gates are the logits.
 GATES = (torch.tensor([[0.0], [math.log(3)], [-9.0]]), torch.tensor([[-9.0], [0.0], [math.log(3)]]))
+
+
+def test_live_generations_of_a_roster() -> None:
+    live = live_generations(roster_of({1: "abc", 2: "bcd"}))
+    assert list(live) == [1, 2]
+    assert live[1] == LIVE[1]
+    assert (live[2].num_experts, live[2].index) == (3, 1)
+    assert live[2].slot_E is not None
+    assert live[2].slot_E.tolist() == [1, 2, 3]
 
 
 def test_two_generations_in_one_pass() -> None:
