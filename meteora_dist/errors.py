@@ -40,6 +40,10 @@ class EngineUnavailable(MeteoraError):
     """The ranks cannot answer: they are starting, stopping or broken."""
 
 
+class PlanError(MeteoraError):
+    """A layout that cannot be: it does not fit, or its numbers do not go together."""
+
+
 class CheckpointError(MeteoraError):
     """A file or folder on disk is not what it must be.
 
