@@ -24,7 +24,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from meteora_dist.adapters import read_adapter
 from meteora_dist.bank import Bank, write_bank
 from meteora_dist.model.load import load_base
-from meteora_dist.moe.dispatcher import LocalDispatcher
 from meteora_dist.moe.inject import RoutedModel, inject
 from meteora_dist.training.local_gates import GateBatch, GateMetrics, LocalFit, fit_gates
 
@@ -89,7 +88,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         bank: Bank = write_bank(Path(folder) / "bank", arguments.base, BASE_ID, adapters, gates)
         model = load_base(arguments.base, torch.bfloat16)
-        routed = inject(model, bank, LocalDispatcher(), range(len(TASKS)), torch.bfloat16)
+        routed = inject(model, bank, torch.bfloat16)
         gates = fit(routed, plan_steps(AutoTokenizer.from_pretrained(arguments.base), arguments.steps))
     shutil.rmtree(arguments.out, ignore_errors=True)
     write_bank(arguments.out, arguments.base, BASE_ID, adapters, gates)

@@ -19,9 +19,10 @@ from meteora_dist.engine.manager import LockstepManager, Shares
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from meteora_dist.model.load import load_base, torch_dtype
-from meteora_dist.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from meteora_dist.moe.dispatcher import AllToAllDispatcher
 from meteora_dist.moe.inject import RoutedModel, inject
 from meteora_dist.moe.placement import contiguous
+from meteora_dist.moe.wire import Wire
 
 KV_PAGE_TOKENS = 64
 """Tokens of a page of the KV cache."""
@@ -162,9 +163,9 @@ def load_routed(config: EngineConfig, rank: int, group: dist.ProcessGroup | None
     bank = Bank.open(config.bank)
     bank.check_base(config.model)
     placement = contiguous(len(bank.names), config.ep)
-    dispatcher: Dispatcher = LocalDispatcher() if group is None else AllToAllDispatcher(placement, group)
-    experts = placement.experts_of(config.mesh.ep_rank(rank))
-    return inject(load_base(config.model, dtype), bank, dispatcher, experts, dtype)
+    dispatcher = None if group is None else AllToAllDispatcher(group, Wire())
+    base = load_base(config.model, dtype)
+    return inject(base, bank, dtype, placement, config.mesh.ep_rank(rank), dispatcher)
 
 
 def _generation_config(model: PreTrainedModel) -> GenerationConfig:

@@ -1,7 +1,9 @@
 """Dispatch and combine: tokens travel to the ranks that own their experts, and the deltas travel back.
 
-Shapes: T tokens of this rank, M rows received from all ranks, N linears that share one input, K slots, H input width,
-O_n output width of linear n.
+The ranks of an exchange are one of every expert-parallel group; each computes the slots its group holds.
+
+Shapes: T tokens of this rank, M rows received from all ranks, S rows sent, N linears that share one input, K expert
+slots a token, H input width, O_n output width of linear n, D ranks, G slots of the roster.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from meteora_dist.moe.placement import Placement
 from meteora_dist.moe.routing import NO_EXPERT
+from meteora_dist.moe.wire import ExchangeKind, Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Dispatched:
 
     Attributes:
         rows_MH: Their inputs.
-        local_ids_MNK: Index among this rank's experts, ``NO_EXPERT`` for an empty slot or another rank's expert.
+        local_ids_MNK: Index among this rank's experts, ``NO_EXPERT`` for what this rank does not compute.
         weights_MNK: Gate weights, fp32; 0 wherever the id is ``NO_EXPERT``.
         exchange: Hand it to ``combine``; None where nothing travelled.
     """
@@ -58,8 +61,15 @@ class Dispatcher(Protocol):
     Both calls are collective: every rank makes them in the same order, with equal N and K.
     """
 
-    def dispatch(self, x_TH: Tensor, ids_TNK: Tensor, weights_TNK: Tensor) -> Dispatched:
-        """Sends every token to each rank that owns one of its experts, once."""
+    def dispatch(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor, targets_DG: Tensor) -> Dispatched:
+        """Sends every token, once, to each rank that shall compute one of its slots.
+
+        Args:
+            x_TH: Inputs of the N linears.
+            slots_TNK: Slots of the roster, ``NO_EXPERT`` where unused.
+            weights_TNK: Their weights, fp32.
+            targets_DG: For tokens of this rank, see ``targets_of``.
+        """
         ...
 
     def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
@@ -67,12 +77,24 @@ class Dispatcher(Protocol):
         ...
 
 
-class LocalDispatcher:
-    """The readable reference, for one rank that owns every expert: nothing travels."""
+def targets_of(placement: Placement, sender: int, device: torch.device | str = "cpu") -> Tensor:
+    """Who computes what for tokens of group ``sender``: targets_DG, int64.
 
-    def dispatch(self, x_TH: Tensor, ids_TNK: Tensor, weights_TNK: Tensor) -> Dispatched:
-        """Returns its arguments: expert ids are local ids."""
-        return Dispatched(x_TH, ids_TNK, weights_TNK, None)
+    ``targets_DG[d, g]`` is the local id of slot g on group d if d shall compute it, and ``NO_EXPERT`` in all other
+    rows: a replicated slot acts once.
+    """
+    target_G = torch.tensor(placement.targets(sender), dtype=torch.long)
+    groups = range(placement.groups)
+    local_DG = torch.tensor([placement.local_ids(group, NO_EXPERT) for group in groups], dtype=torch.long)
+    return torch.where(target_G == torch.arange(placement.groups)[:, None], local_DG, NO_EXPERT).to(device)
+
+
+class LocalDispatcher:
+    """The readable reference, for one group that holds every slot: nothing travels."""
+
+    def dispatch(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor, targets_DG: Tensor) -> Dispatched:
+        """Returns its arguments, slots as local ids."""
+        return Dispatched(x_TH, local_of(slots_TNK, targets_DG)[0], weights_TNK, None)
 
     def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
         """Returns the deltas as they are."""
@@ -82,58 +104,71 @@ class LocalDispatcher:
 class AllToAllDispatcher:
     """Token exchange over a process group: one all-to-all of rows there, one of deltas back."""
 
-    def __init__(self, placement: Placement, group: dist.ProcessGroup) -> None:
-        """Binds the placement to the group whose rank i holds ``placement.slots_of(i)``."""
-        if placement.groups != group.size():
-            raise ValueError(f"a placement on {placement.groups} groups cannot run in a group of {group.size()} ranks")
+    def __init__(self, group: dist.ProcessGroup, wire: Wire) -> None:
+        """Binds the exchange to a process group.
+
+        Args:
+            group: One rank of every expert-parallel group, in their order.
+            wire: Counts what is sent.
+        """
         self._group = group
-        self._target_E = torch.tensor(placement.targets(group.rank()))
-        self._local_E = torch.tensor(placement.local_ids(group.rank(), NO_EXPERT))
+        self._rank = group.rank()
+        self._wire = wire
 
-    def dispatch(self, x_TH: Tensor, ids_TNK: Tensor, weights_TNK: Tensor) -> Dispatched:
+    def dispatch(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor, targets_DG: Tensor) -> Dispatched:
         """See ``Dispatcher``; rows, ids and weights travel in one message."""
-        tokens = x_TH.shape[0]
-        target_TNK = torch.where(ids_TNK >= 0, self._target_E[ids_TNK.clamp_min(0)], NO_EXPERT)
-        wanted_DT = (target_TNK.flatten(1)[None] == torch.arange(self._group.size())[:, None, None]).any(-1)
+        local_DTNK = local_of(slots_TNK, targets_DG)
+        wanted_DT = (local_DTNK >= 0).flatten(2).any(-1)
         rank_S, token_S = wanted_DT.nonzero().unbind(1)
-        # A rank is told only of the experts it computes: of a replicated one, other ranks hold copies too.
-        ids_SNK = torch.where(target_TNK[token_S] == rank_S[:, None, None], ids_TNK[token_S], NO_EXPERT)
-        sent_D = wanted_DT.sum(1)
-        received_D = torch.empty_like(sent_D)
-        dist.all_to_all_single(received_D, sent_D, group=self._group)
-        sent, received = tuple(sent_D.tolist()), tuple(received_D.tolist())
+        ids_SNK = local_DTNK[rank_S, token_S]
+        weights_SNK = torch.where(ids_SNK >= 0, weights_TNK[token_S].float(), 0.0)
+        payload_SB = torch.cat([_bytes(x_TH[token_S]), _bytes(ids_SNK.int()), _bytes(weights_SNK)], dim=1)
 
-        payload_SB = torch.cat(
-            [_bytes(x_TH[token_S]), _bytes(ids_SNK.int()), _bytes(weights_TNK[token_S].float())], dim=1
-        )
-        payload_MB = payload_SB.new_empty(sum(received), payload_SB.shape[1])
-        dist.all_to_all_single(payload_MB, payload_SB, list(received), list(sent), group=self._group)
+        sent, received = self._sizes(wanted_DT.sum(1))
+        payload_MB = self._exchange("dispatch", payload_SB, sent, received)
 
-        slots = ids_TNK.shape[1:]
+        slots = slots_TNK.shape[1:]
         width, meta = x_TH.shape[1] * x_TH.element_size(), slots.numel() * 4
         rows_MB, ids_MB, weights_MB = payload_MB.split([width, meta, meta], dim=1)
-        ids_MNK = ids_MB.contiguous().view(torch.int32).unflatten(1, slots).long()
-        weights_MNK = weights_MB.contiguous().view(torch.float32).unflatten(1, slots)
-        mine_MNK = ids_MNK >= 0
         return Dispatched(
             rows_MH=rows_MB.contiguous().view(x_TH.dtype),
-            local_ids_MNK=torch.where(mine_MNK, self._local_E[ids_MNK.clamp_min(0)], NO_EXPERT),
-            weights_MNK=torch.where(mine_MNK, weights_MNK, 0.0),
-            exchange=Exchange(tokens, token_S, sent, received),
+            local_ids_MNK=ids_MB.contiguous().view(torch.int32).unflatten(1, slots).long(),
+            weights_MNK=weights_MB.contiguous().view(torch.float32).unflatten(1, slots),
+            exchange=Exchange(x_TH.shape[0], token_S, sent, received),
         )
 
     def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
         """See ``Dispatcher``; sums run in the order of the ranks."""
         assert exchange is not None, "combine needs the exchange of its own dispatch"
         widths = [delta_MO.shape[1] for delta_MO in deltas_MO]
-        outgoing_MO = torch.cat(deltas_MO, dim=1)
-        incoming_SO = outgoing_MO.new_empty(sum(exchange.sent), outgoing_MO.shape[1])
-        dist.all_to_all_single(
-            incoming_SO, outgoing_MO, list(exchange.sent), list(exchange.received), group=self._group
-        )
+        incoming_SO = self._exchange("combine", torch.cat(deltas_MO, dim=1), exchange.received, exchange.sent)
         combined_TO = incoming_SO.new_zeros(exchange.tokens, incoming_SO.shape[1])
-        combined_TO.index_add_(0, exchange.token_S, incoming_SO)
+        # Rank by rank, because a token occurs once a rank: on a GPU a sum over repeated rows has no fixed order.
+        for tokens, rows in zip(exchange.token_S.split(exchange.sent), incoming_SO.split(exchange.sent), strict=True):
+            combined_TO.index_add_(0, tokens, rows)
         return torch.split(combined_TO, widths, dim=1)
+
+    def _sizes(self, sent_D: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        received_D = torch.empty_like(sent_D)
+        dist.all_to_all_single(received_D, sent_D, group=self._group)
+        others = sent_D.numel() - 1
+        self._wire.add("sizes", others, others * sent_D.element_size())
+        sent, received = torch.stack([sent_D, received_D]).tolist()
+        return tuple(sent), tuple(received)
+
+    def _exchange(
+        self, kind: ExchangeKind, rows_SB: Tensor, sent: tuple[int, ...], received: tuple[int, ...]
+    ) -> Tensor:
+        incoming_MB = rows_SB.new_empty(sum(received), rows_SB.shape[1])
+        dist.all_to_all_single(incoming_MB, rows_SB, list(received), list(sent), group=self._group)
+        remote = sum(sent) - sent[self._rank]
+        self._wire.add(kind, remote, remote * rows_SB.shape[1] * rows_SB.element_size())
+        return incoming_MB
+
+
+def local_of(slots_TNK: Tensor, targets_DG: Tensor) -> Tensor:
+    """The local id of every slot at each rank that shall compute it, ``NO_EXPERT`` elsewhere: [D, T, N, K]."""
+    return torch.where(slots_TNK >= 0, targets_DG[:, slots_TNK.clamp_min(0)], NO_EXPERT)
 
 
 def _bytes(values: Tensor) -> Tensor:

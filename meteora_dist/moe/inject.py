@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,12 @@ from transformers import PreTrainedModel
 
 from meteora_dist.bank import Bank
 from meteora_dist.errors import BankError
-from meteora_dist.moe.dispatcher import Dispatcher
-from meteora_dist.moe.layer import RoutedGroup, RoutedLinear, RoutingContext, SharedDeltas
+from meteora_dist.moe.dispatcher import Dispatcher, LocalDispatcher, targets_of
+from meteora_dist.moe.layer import GroupState, RoutedGroup, RoutedLinear, RoutingContext, SharedDeltas
 from meteora_dist.moe.linears import SHARED_INPUTS
-from meteora_kernels.routed_lora.stack import Pair, pack
+from meteora_dist.moe.placement import Placement, contiguous
+from meteora_kernels.routed_lora.plan import arrange
+from meteora_kernels.routed_lora.stack import LoraPart, stack, whole_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,40 +46,49 @@ class RoutedModel:
 
 
 def inject(
-    model: PreTrainedModel, bank: Bank, dispatcher: Dispatcher, experts: Sequence[int], dtype: torch.dtype
+    model: PreTrainedModel,
+    bank: Bank,
+    dtype: torch.dtype,
+    placement: Placement | None = None,
+    group: int = 0,
+    dispatcher: Dispatcher | None = None,
 ) -> RoutedModel:
     """Replaces every linear the bank targets by a routed one.
 
     Args:
         model: A causal language model with the usual projection names (Llama, Qwen, Mistral ...), changed in place.
-        bank: Gates of all experts, and the pairs of those named next.
-        dispatcher: Brings rows to their experts.
-        experts: Indices of the experts this rank owns, in local order.
-        dtype: Of this rank's packed experts.
+        bank: Gates of all experts, and the pairs of those placed here.
+        dtype: Of this rank's experts.
+        placement: Of the bank's experts, each in the slot of its index; by default one group holds all.
+        group: This rank's.
+        dispatcher: Brings rows to their experts; by default nothing travels.
 
     Raises:
         BankError: The bank targets a linear the model lacks, or of another shape.
     """
+    placement = placement or contiguous(len(bank.names), 1)
+    targets_DG = targets_of(placement, group)
     context = RoutingContext()
     groups = []
     for names in _grouped(model, bank):
         linears = [_linear(model, bank, name) for name in names]
-        pairs = [
-            [_pair(bank, name, linear, expert, dtype) for expert in experts]
-            for name, linear in zip(names, linears, strict=True)
+        experts = [
+            tuple(_part(bank, name, linear, slot, dtype) for name, linear in zip(names, linears, strict=True))
+            for slot in placement.slots_of(group)
         ]
-        stack = pack(pairs, linears[0].in_features, [linear.out_features for linear in linears], dtype)
+        pairs = stack(experts, linears[0].in_features, [linear.out_features for linear in linears], dtype)
         gate_PH = torch.cat([bank.gate(name) for name in names])
-        group = RoutedGroup(names, gate_PH, stack, dispatcher, context)
-        shared = SharedDeltas(group)
+        state = GroupState((gate_PH,), targets_DG, arrange(pairs))
+        routed = RoutedGroup(names, state, dispatcher or LocalDispatcher(), context)
+        shared = SharedDeltas(routed)
         for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, RoutedLinear(linear, shared, index))
-        groups.append(group)
+        groups.append(routed)
     return RoutedModel(model, tuple(groups), context, len(bank.names))
 
 
-def _pair(bank: Bank, name: str, linear: nn.Linear, expert: int, dtype: torch.dtype) -> Pair | None:
+def _part(bank: Bank, name: str, linear: nn.Linear, expert: int, dtype: torch.dtype) -> LoraPart | None:
     pair = bank.pair(name, expert, dtype=dtype)
     if pair is None:
         return None
@@ -88,7 +98,7 @@ def _pair(bank: Bank, name: str, linear: nn.Linear, expert: int, dtype: torch.dt
             f"expert {bank.names[expert]} writes {pair.b_OR.shape[0]} features at {name}; "
             f"the base model has {linear.out_features}",
         )
-    return pair.a_RH, pair.b_OR, pair.scale
+    return whole_part((pair.a_RH, pair.b_OR, pair.scale), dtype)
 
 
 def _grouped(model: nn.Module, bank: Bank) -> list[tuple[str, ...]]:

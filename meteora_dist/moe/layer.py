@@ -1,13 +1,15 @@
 """Routed linears: a base linear plus what its routed experts add.
 
 Linears that read the same input form a group, which routes and exchanges once for all of them.
-Shapes: T tokens, H input width, N linears of the group, E experts, K slots, P = N * E.
+Shapes: T tokens, H input width, N linears of the group, E experts, K slots,
+G slots of the roster, D expert-parallel groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from meteora_dist.moe.dispatcher import Dispatcher
 from meteora_dist.moe.gate import route
 from meteora_dist.moe.routing import NO_EXPERT, PassRouting
-from meteora_kernels.routed_lora.plan import plan
+from meteora_kernels.routed_lora.plan import routed_lora
 from meteora_kernels.routed_lora.stack import LoraStack
 
 
@@ -36,47 +38,71 @@ class RoutingContext:
             self.step = None
 
 
-class RoutedGroup(nn.Module):
-    """The gates and this rank's experts of N linears that share one input."""
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """All of a group that may change while it serves. It is replaced whole, between two passes.
 
-    gate_PH: Tensor
+    A new state shares what stays: ``replace(state, stack=stack([*kept, *added], ...))`` copies no matrix, and the old
+    one serves on until ``RoutedGroup.state`` is assigned.
+
+    Attributes:
+        gates: Stacked gates, fp32, of every live generation in the order of ``LiveGeneration.index``; see
+            ``meteora_dist.moe.gate.gate_logits``.
+        targets_DG: Which group computes which slot of the roster for this rank's tokens; see
+            ``meteora_dist.moe.dispatcher.targets_of``.
+        stack: The experts of this rank's group by local id, as far as this rank holds them.
+    """
+
+    gates: tuple[Tensor, ...]
+    targets_DG: Tensor
+    stack: LoraStack
+
+
+class RoutedGroup(nn.Module):
+    """The gates and this rank's experts of N linears that share one input.
+
+    Attributes:
+        names: Module paths of the N linears, in the order the block calls them.
+        state: What it routes and computes with; assign another one between two passes, on all ranks between the same.
+    """
 
     def __init__(
-        self, names: tuple[str, ...], gate_PH: Tensor, stack: LoraStack, dispatcher: Dispatcher, context: RoutingContext
+        self, names: tuple[str, ...], state: GroupState, dispatcher: Dispatcher, context: RoutingContext
     ) -> None:
         """Joins gates and experts.
 
         Args:
-            names: Module paths of the N linears, in the order the block calls them.
-            gate_PH: Their gates, fp32, over all experts of the bank; rows ordered by linear, then expert.
-            stack: Their pairs for the experts of this rank, in local order.
+            names: Module paths of the N linears.
+            state: To begin with.
             dispatcher: Brings rows to experts.
             context: Says how the pass is routed.
         """
         super().__init__()
         self.names = names
-        self.register_buffer("gate_PH", gate_PH, persistent=False)
-        self.stack = stack
+        self.state = state
         self._dispatcher = dispatcher
         self._context = context
-        self._operator = plan(max(stack.columns))
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, ...] | None:
         """The N deltas [T, O_n] for the pass under way; None when it uses no expert."""
         step = self._context.step
         if step is None:
             return None
-        slots_TNK, weights_TNK = route(x_TH, (self.gate_PH,), len(self.names), step)
+        slots_TNK, weights_TNK = route(x_TH, self.state.gates, len(self.names), step)
         return self._exchange(x_TH, slots_TNK, weights_TNK)
 
     def serve(self, slots: int) -> None:
         """Serves this rank's experts to the others' pass of K = ``slots``, bringing no rows of its own."""
-        ids_TNK = torch.full((0, len(self.names), slots), NO_EXPERT)
-        self._exchange(self.stack.a_CH.new_empty(0, self.stack.a_CH.shape[1]), ids_TNK, ids_TNK.float())
+        stack = self.state.stack
+        device = stack.scales_NE.device
+        slots_TNK = torch.full((0, len(self.names), slots), NO_EXPERT, device=device)
+        x_TH = torch.empty(0, stack.in_features, dtype=stack.dtype, device=device)
+        self._exchange(x_TH, slots_TNK, slots_TNK.float())
 
-    def _exchange(self, x_TH: Tensor, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
-        sent = self._dispatcher.dispatch(x_TH, ids_TNK, weights_TNK)
-        deltas_MO = self._operator(sent.rows_MH, self.stack, sent.local_ids_MNK, sent.weights_MNK)
+    def _exchange(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
+        state = self.state
+        sent = self._dispatcher.dispatch(x_TH, slots_TNK, weights_TNK, state.targets_DG)
+        deltas_MO = routed_lora(sent.rows_MH, state.stack, sent.local_ids_MNK, sent.weights_MNK)
         return self._dispatcher.combine(deltas_MO, sent.exchange)
 
 

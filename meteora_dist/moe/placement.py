@@ -37,10 +37,6 @@ class Placement:
         """The slots a group holds, in the order of their local ids there."""
         return tuple(slot for slot, owners in enumerate(self.owners) if group in owners)
 
-    def experts_of(self, rank: int) -> tuple[int, ...]:
-        """The slots of the group that is ``rank`` alone."""
-        return self.slots_of(rank)
-
     def local_ids(self, group: int, absent: int) -> tuple[int, ...]:
         """For every slot, its index among the slots of ``group``, or ``absent`` where the group lacks it."""
         local = {slot: index for index, slot in enumerate(self.slots_of(group))}

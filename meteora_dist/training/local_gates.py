@@ -87,7 +87,7 @@ def fit_gates(
     Returns:
         The gate of every linear, [E, H], fp32.
     """
-    gates = [nn.Parameter(group.gate_PH) for group in routed.groups]
+    gates = [nn.Parameter(_gate(group)) for group in routed.groups]
     optimizer = torch.optim.AdamW(gates, lr=fit.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(len(steps) * fit.updates, fit.warm_up))
     generator = torch.Generator().manual_seed(fit.seed)
@@ -136,6 +136,12 @@ def capture_inputs(routed: RoutedModel, batch: GateBatch) -> list[Tensor]:
     return inputs
 
 
+def _gate(group: RoutedGroup) -> Tensor:
+    """The group's stacked gates gate_PH; training knows one generation."""
+    (gate_PH,) = group.state.gates
+    return gate_PH
+
+
 def _gate_loss_of(group: RoutedGroup, gate_PH: Tensor, x_TH: Tensor, labels_T: Tensor) -> Tensor:
     """L_gate of one group's gates; its gradient at each gate does not depend on the other groups."""
     logits_TNE = gate_logits(x_TH, gate_PH, len(group.names))
@@ -147,7 +153,7 @@ def _measure(routed: RoutedModel, inputs: list[Tensor], labels_T: Tensor) -> Gat
     logits_TE = [
         logits
         for group, x_TH in zip(routed.groups, inputs, strict=True)
-        for logits in gate_logits(x_TH, group.gate_PH, len(group.names)).unbind(1)
+        for logits in gate_logits(x_TH, _gate(group), len(group.names)).unbind(1)
     ]
     right = torch.stack([(logits.argmax(-1) == labels_T).float().mean() for logits in logits_TE])
     return GateMetrics(float(token_gate_loss(logits_TE, labels_T)), float(right.mean()))

@@ -17,7 +17,6 @@ from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
 from meteora_dist.errors import BankError, EngineUnavailable, InvalidRequest, ModelError, PromptTooLong
-from meteora_dist.moe.dispatcher import LocalDispatcher
 from meteora_dist.moe.inject import RoutedModel, inject
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
 from tests.support.ranks import run_ranks
@@ -66,7 +65,7 @@ def engine(tiny_base: Path, tiny_bank: Bank) -> Iterator[RankEngine]:
 @pytest.fixture(scope="module")
 def expected(tiny_base: Path, tiny_bank: Bank) -> list[list[int]]:
     """Greedy tokens of every request from whole forward passes, one request at a time, without a cache."""
-    routed = inject(load_tiny_llama(tiny_base), tiny_bank, LocalDispatcher(), range(EXPERTS), torch.float32)
+    routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
     return [plain_loop(routed, request) for request in REQUESTS]
 
 

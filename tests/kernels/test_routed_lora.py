@@ -1,17 +1,31 @@
-"""Routed LoRA: worked example, then loop = dense = grouped over sizes and routings (oracle 3)."""
+"""Routed LoRA: worked examples, then loop = dense = grouped = split over sizes and routings (oracle 3)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from meteora_kernels.routed_lora.dense import routed_lora_dense
-from meteora_kernels.routed_lora.grouped import routed_lora_grouped
-from meteora_kernels.routed_lora.plan import DENSE_COLUMNS, RoutedLora, plan
-from meteora_kernels.routed_lora.reference import routed_lora_reference
-from meteora_kernels.routed_lora.stack import LoraStack, Pair, pack
+from meteora_kernels.routed_lora import plan
+from meteora_kernels.routed_lora.dense import pack, routed_lora_dense
+from meteora_kernels.routed_lora.grouped import expand_grouped, routed_lora_grouped, shrink_grouped
+from meteora_kernels.routed_lora.reference import expand_reference, routed_lora_reference, shrink_reference
+from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, stack, whole_part
 
-FAST = [routed_lora_dense, routed_lora_grouped]
+RoutedLora = Callable[[Tensor, LoraStack, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def dense(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
+    return routed_lora_dense(x_TH, pack(stack), ids_TNK, weights_TNK)
+
+
+def grouped_in_two(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
+    return expand_grouped(shrink_grouped(x_TH, stack, ids_TNK), stack, ids_TNK, weights_TNK)
+
+
+FAST = [dense, routed_lora_grouped, grouped_in_two]
 ALL = [routed_lora_reference, *FAST]
 
 
@@ -20,15 +34,15 @@ def random_stack(
 ) -> LoraStack:
     """Mixed ranks 1 to 4; expert 1 lacks the last linear, and no expert's scale equals another's."""
 
-    def pair(n: int, e: int) -> Pair | None:
+    def part(n: int, e: int) -> LoraPart | None:
         if e == 1 and n == len(widths) - 1:
             return None
         rank = 1 + (e + n) % 4
         a_RH = torch.randn(rank, in_features, generator=generator)
-        return a_RH, torch.randn(widths[n], rank, generator=generator), 0.5 + 0.25 * e
+        return whole_part((a_RH, torch.randn(widths[n], rank, generator=generator), 0.5 + 0.25 * e), torch.float32)
 
-    rows = [[pair(n, e) for e in range(experts)] for n in range(len(widths))]
-    return pack(rows, in_features, widths, torch.float32)
+    rows = [tuple(part(n, e) for n in range(len(widths))) for e in range(experts)]
+    return stack(rows, in_features, widths, torch.float32)
 
 
 def routing(name: str, tokens: int, linears: int, slots: int, experts: int, g: torch.Generator) -> torch.Tensor:
@@ -50,11 +64,11 @@ def test_worked_example(operator: RoutedLora) -> None:
     # One linear, 2 -> 2. Expert 0: rank 1, picks x0, writes it to y1, scale 2. Expert 1: identity of rank 2, scale 1.
     first = (torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [1.0]]), 2.0)
     second = (torch.eye(2), torch.eye(2), 1.0)
-    stack = pack([[first, second]], 2, [2], torch.float32)
+    pairs = stack([(whole_part(pair, torch.float32),) for pair in (first, second)], 2, [2], torch.float32)
     x_TH = torch.tensor([[3.0, 5.0], [3.0, 5.0], [3.0, 5.0]])
     ids_TNK = torch.tensor([[[0, 1]], [[1, -1]], [[-1, -1]]])
     weights_TNK = torch.tensor([[[0.25, 0.75]], [[1.0, 0.0]], [[0.0, 0.0]]])
-    (delta_TO,) = operator(x_TH, stack, ids_TNK, weights_TNK)
+    (delta_TO,) = operator(x_TH, pairs, ids_TNK, weights_TNK)
     assert delta_TO.tolist() == [[2.25, 0.25 * 2 * 3 + 3.75], [3.0, 5.0], [0.0, 0.0]]
 
 
@@ -64,38 +78,124 @@ def test_worked_example(operator: RoutedLora) -> None:
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_fast_operators_equal_the_loop(operator: RoutedLora, traffic: str, tokens: int, slots: int) -> None:
     g = torch.Generator().manual_seed(tokens * 10 + slots)
-    stack = random_stack(g)
+    pairs = random_stack(g)
     ids_TNK = routing(traffic, tokens, 2, slots, 5, g)
     weights_TNK = torch.rand(ids_TNK.shape, generator=g).masked_fill(ids_TNK < 0, 0.0)
     x_TH = torch.randn(tokens, 12, generator=g)
-    expected = routed_lora_reference(x_TH, stack, ids_TNK, weights_TNK)
-    actual = operator(x_TH, stack, ids_TNK, weights_TNK)
+    expected = routed_lora_reference(x_TH, pairs, ids_TNK, weights_TNK)
+    actual = operator(x_TH, pairs, ids_TNK, weights_TNK)
     for delta_TO, expected_TO in zip(actual, expected, strict=True):
         torch.testing.assert_close(delta_TO, expected_TO, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("operator", ALL)
 def test_a_stack_without_any_pair_adds_nothing(operator: RoutedLora) -> None:
-    stack = pack([[None, None]], 3, [4], torch.float32)
-    (delta_TO,) = operator(torch.ones(2, 3), stack, torch.tensor([[[0]], [[1]]]), torch.ones(2, 1, 1))
+    pairs = stack([(None,), (None,)], 3, [4], torch.float32)
+    (delta_TO,) = operator(torch.ones(2, 3), pairs, torch.tensor([[[0]], [[1]]]), torch.ones(2, 1, 1))
     assert delta_TO.tolist() == [[0.0] * 4] * 2
 
 
 @pytest.mark.parametrize("operator", ALL)
 def test_gradients_reach_input_and_weights(operator: RoutedLora) -> None:
     g = torch.Generator().manual_seed(3)
-    stack = random_stack(g)
+    pairs = random_stack(g)
     ids_TNK = routing("uniform", 6, 2, 2, 5, g)
     grads = []
     for op in (operator, routed_lora_reference):
         x_TH = torch.randn(6, 12, generator=torch.Generator().manual_seed(4)).requires_grad_()
         weights_TNK = torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(5)).requires_grad_()
-        sum(delta.square().sum() for delta in op(x_TH, stack, ids_TNK, weights_TNK)).backward()
+        sum(delta.square().sum() for delta in op(x_TH, pairs, ids_TNK, weights_TNK)).backward()
         grads.append((x_TH.grad, weights_TNK.grad))
     for actual, expected in zip(*grads, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_plan_reads_few_columns_densely() -> None:
-    assert plan(DENSE_COLUMNS) is routed_lora_dense
-    assert plan(DENSE_COLUMNS + 1) is routed_lora_grouped
+def test_shrink_by_hand() -> None:
+    # One linear, ranks 2 and 1, of which row 1 of expert 0 is held elsewhere. Slots are as wide as the largest rank.
+    first = LoraPart(torch.tensor([[1.0, 2.0]]), torch.zeros(2, 3), 5.0, rank=2, first_a=0)
+    second = LoraPart(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 3), 7.0, rank=1)
+    pairs = stack([(first,), (second,)], 2, [3], torch.float32)
+    ids_TNK = torch.tensor([[[0, 1]], [[1, -1]]])
+    for shrink in (shrink_reference, shrink_grouped):
+        shrunk_TNKR = shrink(torch.tensor([[1.0, 10.0], [2.0, 20.0]]), pairs, ids_TNK)
+        assert shrunk_TNKR.tolist() == [[[[21.0, 0.0], [10.0, 0.0]]], [[[20.0, 0.0], [0.0, 0.0]]]]
+
+
+def test_expand_by_hand() -> None:
+    # Of expert 0, rank 2, only row 1 of B is here; scale 2, weight 0.5. The empty slot's numbers are ignored.
+    part = LoraPart(torch.zeros(2, 1), torch.tensor([[1.0, 3.0]]), 2.0, rank=2, first_b=1)
+    pairs = stack([(part,)], 1, [2], torch.float32)
+    shrunk_TNKR = torch.tensor([[[[100.0, 4.0], [9.0, 9.0]]]])
+    for expand in (expand_reference, expand_grouped):
+        (delta_TO,) = expand(shrunk_TNKR, pairs, torch.tensor([[[0, -1]]]), torch.tensor([[[0.5, 0.0]]]))
+        assert delta_TO.tolist() == [[4.0, 12.0]]
+
+
+def cut(pairs: LoraStack, holder: int, shrunk: bool) -> LoraStack:
+    """What one of two holders has: half of each pair's ranks of A (``shrunk``) or of B, and the other matrix whole."""
+
+    def part(of: LoraPart | None) -> LoraPart | None:
+        if of is None:
+            return None
+        middle = (of.rank + 1) // 2
+        rows = slice(middle, of.rank) if holder else slice(0, middle)
+        if shrunk:
+            return LoraPart(of.a_RH[rows], of.b_RO, of.scale, of.rank, first_a=rows.start)
+        return LoraPart(of.a_RH, of.b_RO[rows], of.scale, of.rank, first_b=rows.start)
+
+    experts: list[Expert] = [tuple(map(part, expert)) for expert in pairs.experts]
+    return stack(experts, pairs.in_features, pairs.out_features, torch.float32)
+
+
+@pytest.mark.parametrize("shrunk", [True, False])
+@pytest.mark.parametrize("traffic", ["uniform", "holes"])
+def test_parts_of_pairs_add_up(shrunk: bool, traffic: str) -> None:
+    g = torch.Generator().manual_seed(9)
+    pairs = random_stack(g)
+    ids_TNK = routing(traffic, 16, 2, 2, 5, g)
+    weights_TNK = torch.rand(ids_TNK.shape, generator=g).masked_fill(ids_TNK < 0, 0.0)
+    x_TH = torch.randn(16, 12, generator=g)
+    parts = [cut(pairs, holder, shrunk) for holder in range(2)]
+    shrunken = [shrink_grouped(x_TH, part, ids_TNK) for part in parts]
+    # A reduction adds up either the shrunk inputs, before each holder expands them, or what was expanded.
+    first = sum(shrunken) if shrunk else shrunken[0]
+    expanded = [expand_grouped(first, part, ids_TNK, weights_TNK) for part in parts]
+    deltas = expanded[0] if shrunk else [a + b for a, b in zip(*expanded, strict=True)]
+    for delta_TO, expected_TO in zip(deltas, routed_lora_reference(x_TH, pairs, ids_TNK, weights_TNK), strict=True):
+        torch.testing.assert_close(delta_TO, expected_TO, rtol=1e-5, atol=1e-5)
+    for part, shrunk_TNKR in zip(parts, shrunken, strict=True):
+        torch.testing.assert_close(shrunk_TNKR, shrink_reference(x_TH, part, ids_TNK), rtol=1e-5, atol=1e-5)
+    assert plan.arrange(parts[0]).packed is None
+
+
+def test_a_stack_with_other_experts_shares_what_stays() -> None:
+    pairs = random_stack(torch.Generator().manual_seed(7))
+    fewer = stack([pairs.experts[e] for e in (4, 0)], pairs.in_features, pairs.out_features, torch.float32)
+    moved, first = fewer.experts[0][0], pairs.experts[4][0]
+    assert moved is not None
+    assert first is not None
+    assert moved.a_RH.data_ptr() == first.a_RH.data_ptr()
+    assert fewer.scales_NE.tolist() == pairs.scales_NE[:, [4, 0]].tolist()
+
+
+def test_packed_experts_are_views() -> None:
+    pairs = random_stack(torch.Generator().manual_seed(8))
+    packed = pack(pairs)
+    assert packed.packed is not None
+    inside = packed.packed.a_CH.untyped_storage().data_ptr()
+    for before, after in zip(pairs.experts, packed.experts, strict=True):
+        for old, new in zip(before, after, strict=True):
+            assert (old is None) == (new is None)
+            if old and new:
+                assert torch.equal(old.a_RH, new.a_RH)
+                assert torch.equal(old.b_RO, new.b_RO)
+                assert new.a_RH.untyped_storage().data_ptr() == inside
+    assert packed.nbytes == pairs.nbytes
+
+
+def test_a_small_stack_is_served_densely(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = random_stack(torch.Generator().manual_seed(3))
+    monkeypatch.setattr(plan, "DENSE_COLUMNS", max(pairs.columns))
+    assert plan.arrange(pairs).packed is not None
+    monkeypatch.setattr(plan, "DENSE_COLUMNS", max(pairs.columns) - 1)
+    assert plan.arrange(pairs).packed is None

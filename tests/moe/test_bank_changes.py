@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from meteora_dist.bank import Bank, write_bank
-from meteora_dist.moe.dispatcher import LocalDispatcher
 from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routing import RoutingChoice, named, plan_step, slots_of
 from tests.support.tiny import VOCABULARY, load_tiny_llama
@@ -24,7 +23,7 @@ def rewrite(bank: Bank, base: Path, folder: Path, names: tuple[str, ...]) -> Ban
 
 
 def answers(bank: Bank, base: Path, names: tuple[str, ...], auto: bool) -> list[Tensor]:
-    routed = inject(load_tiny_llama(base), bank, LocalDispatcher(), range(len(bank.names)), torch.float32)
+    routed = inject(load_tiny_llama(base), bank, torch.float32)
     choices = [named(bank.names.index(name)) for name in names] + [RoutingChoice()] * auto
     logits = []
     for choice in choices:

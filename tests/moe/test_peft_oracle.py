@@ -11,7 +11,6 @@ from torch import Tensor
 
 from meteora_dist.bank import Bank
 from meteora_dist.moe import gate
-from meteora_dist.moe.dispatcher import LocalDispatcher
 from meteora_dist.moe.inject import RoutedModel, inject
 from meteora_dist.moe.routing import RoutingChoice, named, plan_step
 from tests.support.tiny import SPECS, VOCABULARY, load_tiny_llama
@@ -21,7 +20,7 @@ IDS_BL = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_se
 
 @pytest.fixture(scope="module")
 def routed(tiny_base: Path, tiny_bank: Bank) -> RoutedModel:
-    return inject(load_tiny_llama(tiny_base), tiny_bank, LocalDispatcher(), range(len(SPECS)), torch.float32)
+    return inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
 
 
 def logits(routed: RoutedModel, choice: RoutingChoice, slots: int) -> Tensor:

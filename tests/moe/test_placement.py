@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from meteora_dist.moe.dispatcher import AllToAllDispatcher
+from meteora_dist.moe.dispatcher import AllToAllDispatcher, targets_of
 from meteora_dist.moe.placement import Placement, contiguous
+from meteora_dist.moe.wire import Wire
 from tests.support.ranks import run_ranks
 
 # Slot 0 lives on groups 0 and 2, slot 1 on group 1, slot 2 on all but group 0.
@@ -42,10 +43,11 @@ def test_contiguous_covers_every_slot_once(slots: int, groups: int) -> None:
 def _replicated_exchange(rank: int) -> tuple[list[list[float]], list[list[list[int]]], list[list[float]]]:
     group = dist.group.WORLD
     assert group is not None
-    dispatcher = AllToAllDispatcher(Placement(owners=((0, 1), (0,), (1,)), groups=2), group)
+    dispatcher = AllToAllDispatcher(group, Wire())
+    targets_DG = targets_of(Placement(owners=((0, 1), (0,), (1,)), groups=2), rank)
     x_TH = torch.tensor([[10.0 * rank + 1]])
     ids_TNK = torch.tensor([[[0, 1, 2]]])
-    sent = dispatcher.dispatch(x_TH, ids_TNK, torch.tensor([[[0.5, 0.25, 0.125]]]))
+    sent = dispatcher.dispatch(x_TH, ids_TNK, torch.tensor([[[0.5, 0.25, 0.125]]]), targets_DG)
     weight_M1 = sent.weights_MNK.sum((1, 2))[:, None]
     (combined,) = dispatcher.combine((sent.rows_MH * weight_M1,), sent.exchange)
     return sent.rows_MH.tolist(), sent.local_ids_MNK.tolist(), combined.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,17 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meteora_dist.bank import Bank
-from meteora_dist.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from meteora_dist.moe.dispatcher import AllToAllDispatcher, targets_of
 from meteora_dist.moe.inject import RoutedModel, inject
 from meteora_dist.moe.placement import contiguous
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
+from meteora_dist.moe.wire import Wire
 from meteora_kernels.routed_lora.dense import routed_lora_dense
 from meteora_kernels.routed_lora.grouped import routed_lora_grouped
-from meteora_kernels.routed_lora.plan import RoutedLora
 from meteora_kernels.routed_lora.reference import routed_lora_reference
+from meteora_kernels.routed_lora.stack import LoraStack
 from tests.support.ranks import run_ranks
 from tests.support.tiny import SPECS, VOCABULARY, load_tiny_llama
 
+Operator = Callable[[Tensor, LoraStack, Tensor, Tensor], tuple[Tensor, ...]]
 EXPERTS = len(SPECS)
 MIXED = [RoutingChoice(), BASE, named(1), RoutingChoice(mode="fixed", experts=((3, 0.6), (1, 0.4)))]
 CASES = [(tokens, top_k) for tokens in (1, 8, 64) for top_k in (1, 2, EXPERTS)]
@@ -31,8 +34,8 @@ def prompt(tokens: int, seed: int) -> Tensor:
     return torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def build(base: Path, bank: Bank, dispatcher: Dispatcher, experts: tuple[int, ...]) -> RoutedModel:
-    return inject(load_tiny_llama(base), bank, dispatcher, experts, torch.float32)
+def build(base: Path, bank: Bank) -> RoutedModel:
+    return inject(load_tiny_llama(base), bank, torch.float32)
 
 
 def forward(routed: RoutedModel, ids_1L: Tensor, choices: list[RoutingChoice], slots: int) -> Tensor:
@@ -45,11 +48,10 @@ def forward(routed: RoutedModel, ids_1L: Tensor, choices: list[RoutingChoice], s
 
 
 @pytest.mark.parametrize("operator", [routed_lora_dense, routed_lora_grouped])
-def test_operators_agree_through_the_whole_model(tiny_base: Path, tiny_bank: Bank, operator: RoutedLora) -> None:
-    def answer(op: RoutedLora) -> Tensor:
-        with patch("meteora_dist.moe.layer.plan", lambda columns: op):
-            routed = build(tiny_base, tiny_bank, LocalDispatcher(), tuple(range(EXPERTS)))
-        return forward(routed, prompt(64, 1), MIXED, 2)
+def test_operators_agree_through_the_whole_model(tiny_base: Path, tiny_bank: Bank, operator: Operator) -> None:
+    def answer(op: Operator) -> Tensor:
+        with patch("meteora_dist.moe.layer.routed_lora", op):
+            return forward(build(tiny_base, tiny_bank), prompt(64, 1), MIXED, 2)
 
     torch.testing.assert_close(answer(operator), answer(routed_lora_reference), rtol=1e-4, atol=1e-4)
 
@@ -60,7 +62,7 @@ def _sharded_cases(rank: int, base: Path, bank_path: Path, world: int) -> list[T
     group = dist.group.WORLD
     assert group is not None
     bank = Bank.open(bank_path)
-    routed = build(base, bank, AllToAllDispatcher(placement, group), placement.slots_of(rank))
+    routed = inject(load_tiny_llama(base), bank, torch.float32, placement, rank, AllToAllDispatcher(group, Wire()))
     answers = [forward(routed, prompt(tokens, 2), [RoutingChoice(top_k=k)], k) for tokens, k in CASES]
     answers.append(forward(routed, prompt(64, 3), MIXED, 2))
     answers.append(forward(routed, prompt(4 + 30 * rank, rank), [RoutingChoice()], 2))
@@ -73,7 +75,7 @@ def _sharded_cases(rank: int, base: Path, bank_path: Path, world: int) -> list[T
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_sharded_equals_local(tiny_base: Path, tiny_bank: Bank, world: int) -> None:
-    local = build(tiny_base, tiny_bank, LocalDispatcher(), tuple(range(EXPERTS)))
+    local = build(tiny_base, tiny_bank)
     expected = [forward(local, prompt(tokens, 2), [RoutingChoice(top_k=k)], k) for tokens, k in CASES]
     expected.append(forward(local, prompt(64, 3), MIXED, 2))
     results = run_ranks(world, _sharded_cases, tiny_base, tiny_bank.path, world)
@@ -87,10 +89,11 @@ def test_sharded_equals_local(tiny_base: Path, tiny_bank: Bank, world: int) -> N
 def _one_exchange(rank: int) -> tuple[list[list[float]], list[list[list[int]]], list[list[float]]]:
     group = dist.group.WORLD
     assert group is not None
-    dispatcher = AllToAllDispatcher(contiguous(4, 2), group)
+    dispatcher = AllToAllDispatcher(group, Wire())
     x_TH = torch.tensor([[10.0 * rank + 1], [10.0 * rank + 2]])
     ids_TNK = torch.tensor([[[0, 1]], [[3, 0]]]) if rank == 0 else torch.tensor([[[2, -1]], [[-1, -1]]])
-    sent = dispatcher.dispatch(x_TH, ids_TNK, torch.where(ids_TNK >= 0, 0.5, 0.0))
+    targets_DG = targets_of(contiguous(4, 2), rank)
+    sent = dispatcher.dispatch(x_TH, ids_TNK, torch.where(ids_TNK >= 0, 0.5, 0.0), targets_DG)
     weight_M1 = sent.weights_MNK.sum((1, 2))[:, None]
     (combined,) = dispatcher.combine((sent.rows_MH * weight_M1,), sent.exchange)
     return sent.rows_MH.tolist(), sent.local_ids_MNK.tolist(), combined.tolist()

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from meteora_dist.bank import Bank
-from meteora_dist.moe.dispatcher import LocalDispatcher
 from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.layer import RoutedGroup
 from meteora_dist.training.gate_loss import IGNORE, gate_loss
 from meteora_dist.training.local_gates import GateBatch, GateMetrics, LocalFit, fit_gates
+from meteora_kernels.routed_lora.stack import LoraPart
 from tests.support.tiny import SPECS, linears, load_tiny_llama
 
 EXPERTS = len(SPECS)
@@ -42,10 +43,14 @@ def test_padding_does_not_count() -> None:
 
 @pytest.fixture
 def routed(tiny_base: Path, tiny_bank: Bank) -> RoutedModel:
-    routed = inject(load_tiny_llama(tiny_base), tiny_bank, LocalDispatcher(), range(EXPERTS), torch.float32)
+    routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
     for group in routed.groups:
-        group.gate_PH.zero_()
+        group.state.gates[0].zero_()
     return routed
+
+
+def parts(group: RoutedGroup) -> list[LoraPart]:
+    return [part for expert in group.state.stack.experts for part in expert if part]
 
 
 def steps(count: int) -> list[list[GateBatch]]:
@@ -62,7 +67,7 @@ def steps(count: int) -> list[list[GateBatch]]:
 
 def test_gates_learn_and_nothing_else_changes(routed: RoutedModel) -> None:
     frozen = {name: value.clone() for name, value in routed.model.state_dict().items()}
-    experts = [(group.stack.a_CH.clone(), [b_CO.clone() for b_CO in group.stack.b_CO]) for group in routed.groups]
+    experts = [[(part.a_RH.clone(), part.b_RO.clone()) for part in parts(group)] for group in routed.groups]
     seen: list[GateMetrics] = []
     gates = fit_gates(routed, steps(40), LocalFit(learning_rate=2e-2), lambda _, metrics: seen.append(metrics))
     assert seen[0].loss == pytest.approx(math.log(EXPERTS))
@@ -70,15 +75,16 @@ def test_gates_learn_and_nothing_else_changes(routed: RoutedModel) -> None:
     assert seen[-1].accuracy > 0.8
     assert list(gates) == linears()
     assert all(torch.equal(value, frozen[name]) for name, value in routed.model.state_dict().items())
-    for group, (a_CH, b_CO) in zip(routed.groups, experts, strict=True):
-        assert torch.equal(group.stack.a_CH, a_CH)
-        assert all(map(torch.equal, group.stack.b_CO, b_CO))
+    for group, before in zip(routed.groups, experts, strict=True):
+        for part, (a_RH, b_RO) in zip(parts(group), before, strict=True):
+            assert torch.equal(part.a_RH, a_RH)
+            assert torch.equal(part.b_RO, b_RO)
 
 
 def test_fitting_is_repeatable(routed: RoutedModel) -> None:
     def once() -> dict[str, torch.Tensor]:
         for group in routed.groups:
-            group.gate_PH.zero_()
+            group.state.gates[0].zero_()
         return fit_gates(routed, steps(3), LocalFit(), lambda *_: None)
 
     first, second = once(), once()

@@ -6,21 +6,63 @@ shapes. It reads the whole stack, so it is for few experts (see ``plan``). Formu
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from meteora_kernels.routed_lora.stack import LoraStack
+from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, Packed
 
 
 def routed_lora_dense(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
-    """The deltas of the N linears, each [T, O_n], in x's dtype. Arguments as in the reference."""
+    """The deltas of the N linears, each [T, O_n], in x's dtype. Arguments as in the reference; a packed stack."""
+    packed = stack.packed
+    assert packed is not None, "the dense regime reads packed matrices"
     pairs = stack.scales_NE.numel()
     firsts_N1 = torch.arange(0, pairs, stack.num_experts, device=x_TH.device)[:, None]
     slots_TS = (ids_TNK.clamp_min(0) + firsts_N1).flatten(1)
     # An empty slot points at expert 0 with weight 0 and adds nothing.
     weights_TP = weights_TNK.new_zeros(x_TH.shape[0], pairs).scatter_add_(1, slots_TS, weights_TNK.flatten(1))
-    scales_TC = (weights_TP * stack.scales_NE.flatten()).index_select(1, stack.pair_of_C)
-    shrunk_TC = linear(x_TH, stack.a_CH) * scales_TC.to(x_TH.dtype)
-    parts = shrunk_TC.split(stack.columns, dim=1)
-    return tuple(part_TC @ b_CO for part_TC, b_CO in zip(parts, stack.b_CO, strict=True))
+    scales_TC = (weights_TP * stack.scales_NE.flatten()).index_select(1, packed.pair_of_C)
+    shrunk_TC = linear(x_TH, packed.a_CH) * scales_TC.to(x_TH.dtype)
+    parts = shrunk_TC.split([b_CO.shape[0] for b_CO in packed.b_CO], dim=1)
+    return tuple(part_TC @ b_CO for part_TC, b_CO in zip(parts, packed.b_CO, strict=True))
+
+
+def pack(stack: LoraStack) -> LoraStack:
+    """A stack of whole pairs with its matrices side by side; its experts view them, so nothing is held twice."""
+    assert stack.whole, "parts of pairs cannot be packed"
+    device = stack.scales_NE.device
+    held = [
+        [(e, part) for e, expert in enumerate(stack.experts) if (part := expert[n])] for n in range(stack.num_linears)
+    ]
+
+    def join(matrices: list[Tensor], width: int) -> Tensor:
+        return torch.cat([torch.empty(0, width, dtype=stack.dtype, device=device), *matrices])
+
+    packed = Packed(
+        a_CH=join([part.a_RH for row in held for _, part in row], stack.in_features),
+        b_CO=tuple(
+            join([part.b_RO for _, part in row], width) for row, width in zip(held, stack.out_features, strict=True)
+        ),
+        pair_of_C=torch.tensor(
+            [n * stack.num_experts + e for n, row in enumerate(held) for e, part in row for _ in range(part.rank)],
+            dtype=torch.long,
+            device=device,
+        ),
+    )
+    return replace(stack, experts=_views(stack, packed), packed=packed)
+
+
+def _views(stack: LoraStack, packed: Packed) -> tuple[Expert, ...]:
+    experts: list[list[LoraPart | None]] = [[None] * stack.num_linears for _ in stack.experts]
+    row_a = 0
+    for n, b_CO in enumerate(packed.b_CO):
+        row_b = 0
+        for e, expert in enumerate(stack.experts):
+            if part := expert[n]:
+                rows = part.rank
+                experts[e][n] = replace(part, a_RH=packed.a_CH[row_a : row_a + rows], b_RO=b_CO[row_b : row_b + rows])
+                row_a, row_b = row_a + rows, row_b + rows
+    return tuple(tuple(expert) for expert in experts)

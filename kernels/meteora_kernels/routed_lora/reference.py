@@ -2,9 +2,13 @@
 
     delta_n[t] = sum_k w[t,n,k] * s[n,e] * (x[t] A[n,e]^T) B[n,e]^T,   e = ids[t,n,k]
 
+It is an expand after a shrink, and between the two a slot is a vector of its expert's rank. Processes that hold parts
+of the pairs each shrink and expand by their parts, and add up either what they shrank or what they expanded.
+
 This is the readable twin, one expert at a time in fp32. MeteoRA, arXiv 2405.13053.
 
-Shapes: T tokens, H input width, O_n output width, N linears, K slots. An id of -1 is an empty slot.
+Shapes: T tokens, H input width, O_n output width, N linears, K slots, R largest rank of the stack. An id of -1 is an
+empty slot.
 """
 
 from __future__ import annotations
@@ -24,13 +28,31 @@ def routed_lora_reference(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weigh
         ids_TNK: Expert of every slot, int64, -1 where empty.
         weights_TNK: Weight of every slot, fp32.
     """
+    return expand_reference(shrink_reference(x_TH, stack, ids_TNK), stack, ids_TNK, weights_TNK)
+
+
+def shrink_reference(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor) -> Tensor:
+    """``x[t] A[n,e]^T`` of every slot: [T, N, K, R], fp32, 0 in ranks that are not held here. Arguments as above."""
+    shrunk_TNKR = x_TH.new_zeros(*ids_TNK.shape, stack.max_rank, dtype=torch.float32)
+    for e, expert in enumerate(stack.experts):
+        for n, part in enumerate(expert):
+            if part is not None:
+                product_T1R = (x_TH.float() @ part.a_RH.float().T)[:, None]
+                ranks = slice(part.first_a, part.first_a + part.a_RH.shape[0])
+                shrunk_TNKR[:, n, :, ranks] += torch.where((ids_TNK[:, n] == e)[..., None], product_T1R, 0.0)
+    return shrunk_TNKR
+
+
+def expand_reference(shrunk_TNKR: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
+    """The deltas of the N linears, each [T, O_n], fp32, from the slots' shrunk inputs and the ranks held here."""
     deltas = []
-    for n in range(stack.num_linears):
-        delta_TO = x_TH.new_zeros(x_TH.shape[0], stack.b_CO[n].shape[1], dtype=torch.float32)
-        for e in range(stack.num_experts):
-            a_RH, b_RO = stack.pair(n, e)
-            weight_T = torch.where(ids_TNK[:, n] == e, weights_TNK[:, n], 0.0).sum(-1)
-            lora_TO = (x_TH.float() @ a_RH.float().T) @ b_RO.float()
-            delta_TO = delta_TO + (weight_T * stack.scales_NE[n, e])[:, None] * lora_TO
+    for n, width in enumerate(stack.out_features):
+        delta_TO = shrunk_TNKR.new_zeros(shrunk_TNKR.shape[0], width)
+        for e, expert in enumerate(stack.experts):
+            if (part := expert[n]) is not None:
+                weights_TK = torch.where(ids_TNK[:, n] == e, weights_TNK[:, n], 0.0) * part.scale
+                ranks = slice(part.first_b, part.first_b + part.b_RO.shape[0])
+                scaled_TR = (weights_TK[..., None] * shrunk_TNKR[:, n, :, ranks]).sum(1)
+                delta_TO = delta_TO + scaled_TR @ part.b_RO.float()
         deltas.append(delta_TO)
     return tuple(deltas)

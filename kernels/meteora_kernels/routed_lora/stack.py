@@ -1,7 +1,10 @@
-"""The LoRA pairs of many experts for linears that share one input, packed for matrix products.
+"""The LoRA pairs of many experts for linears that share one input, as one process holds them.
 
-Shapes: H input width, O_n output width of linear n, N linears, E experts, C_n = sum over e of r_ne (the columns of
-linear n), C = sum over n of C_n. A missing pair has rank 0 and takes no column.
+A process may hold a whole pair, or a part of it: some of its ranks, inputs or outputs. Every expert keeps tensors of
+its own, so a stack with other experts is made from the parts of an old one without copying a matrix.
+
+Shapes: H input width, O_n output width of linear n (of the part held here), N linears, E experts, R rank. A missing
+pair has rank 0.
 """
 
 from __future__ import annotations
@@ -17,73 +20,127 @@ Pair = tuple[Tensor, Tensor, float]
 
 
 @dataclass(frozen=True, slots=True)
-class LoraStack:
-    """Experts of N linears that share one input.
+class LoraPart:
+    """What this process holds of one expert's pair at one linear.
 
     Attributes:
-        a_CH: All A matrices, ordered by linear, then by expert, then by rank.
+        a_RH: Some neighbouring rows of A.
+        b_RO: Some neighbouring rows of B transposed.
+        scale: s.
+        rank: R of the whole pair.
+        first_a: Number of the first row of ``a_RH`` among the R rows of A.
+        first_b: Number of the first row of ``b_RO`` among the R rows of B transposed.
+    """
+
+    a_RH: Tensor
+    b_RO: Tensor
+    scale: float
+    rank: int
+    first_a: int = 0
+    first_b: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all R rows of both matrices are here."""
+        return self.a_RH.shape[0] == self.b_RO.shape[0] == self.rank
+
+
+Expert = tuple[LoraPart | None, ...]
+"""One expert at the N linears of a stack; None where it lacks one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The matrices of a stack of whole pairs, side by side.
+
+    Attributes:
+        a_CH: All A matrices, ordered by linear, then by expert, then by rank; C is their rows in all.
         b_CO: For each linear, its experts' transposed B matrices, [C_n, O_n].
-        scales_NE: s of every pair; 0 where the expert lacks the linear.
-        pair_of_C: For every column of ``a_CH``, n * E + e of the pair it belongs to.
-        offsets: ``offsets[n][e]`` is the first column of pair (n, e) among the columns of linear n; E + 1 entries.
+        pair_of_C: For every row of ``a_CH``, n * E + e of the pair it belongs to.
     """
 
     a_CH: Tensor
     b_CO: tuple[Tensor, ...]
-    scales_NE: Tensor
     pair_of_C: Tensor
-    offsets: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraStack:
+    """Experts of N linears that share one input.
+
+    Attributes:
+        experts: E experts; their index is the id that operators take.
+        in_features: H.
+        out_features: O_n of every linear.
+        dtype: Of the matrices.
+        scales_NE: s of every pair; 0 where the expert lacks the linear.
+        max_rank: Largest R of a whole pair, 0 without any; equal in all processes that share the experts.
+        packed: The same matrices side by side, of which those of ``experts`` are views; None where they are not.
+    """
+
+    experts: tuple[Expert, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    dtype: torch.dtype
+    scales_NE: Tensor
+    max_rank: int
+    packed: Packed | None = None
 
     @property
     def num_linears(self) -> int:
         """N."""
-        return len(self.b_CO)
+        return len(self.out_features)
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.scales_NE.shape[1]
+        return len(self.experts)
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """C_n of every linear."""
-        return tuple(offsets[-1] for offsets in self.offsets)
+        """Rows of A held here, over all experts, of every linear."""
+        return tuple(sum(p.a_RH.shape[0] for e in self.experts if (p := e[n])) for n in range(self.num_linears))
 
-    def pair(self, linear: int, expert: int) -> tuple[Tensor, Tensor]:
-        """Views a_RH and b_RO of one expert in one linear; R is 0 where it lacks the linear."""
-        first, last = self.offsets[linear][expert : expert + 2]
-        start = sum(self.columns[:linear])
-        return self.a_CH[start + first : start + last], self.b_CO[linear][first:last]
+    @property
+    def whole(self) -> bool:
+        """Whether every pair is here with all its rows."""
+        return all(part.whole for expert in self.experts for part in expert if part)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the matrices in bytes."""
+        parts = [part for expert in self.experts for part in expert if part]
+        return sum(part.a_RH.nbytes + part.b_RO.nbytes for part in parts)
 
 
-def pack(
-    pairs: Sequence[Sequence[Pair | None]], in_features: int, out_features: Sequence[int], dtype: torch.dtype
+def stack(
+    experts: Sequence[Expert],
+    in_features: int,
+    out_features: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> LoraStack:
-    """Packs ``pairs[n][e]``; None where expert e lacks linear n.
+    """Joins experts, each with its part at every linear; no matrix is copied.
 
     Args:
-        pairs: N rows of E pairs.
+        experts: E experts of N linears.
         in_features: H.
         out_features: O_n of every linear.
-        dtype: Of the packed matrices.
+        dtype: Of the matrices.
+        device: Where the matrices are.
     """
-    rows_a, stacks_b, scales, owners, offsets = [], [], [], [], []
-    for n, (row, width) in enumerate(zip(pairs, out_features, strict=True)):
-        marks, columns_b = [0], []
-        for e, pair in enumerate(row):
-            rank = 0 if pair is None else pair[0].shape[0]
-            marks.append(marks[-1] + rank)
-            owners += [n * len(row) + e] * rank
-            if pair is not None:
-                rows_a.append(pair[0].to(dtype))
-                columns_b.append(pair[1].to(dtype).T)
-        stacks_b.append(torch.cat([torch.empty(0, width, dtype=dtype), *columns_b]).contiguous())
-        scales.append([0.0 if pair is None else pair[2] for pair in row])
-        offsets.append(tuple(marks))
+    scales = [[part.scale if (part := expert[n]) else 0.0 for expert in experts] for n in range(len(out_features))]
     return LoraStack(
-        a_CH=torch.cat([torch.empty(0, in_features, dtype=dtype), *rows_a]).contiguous(),
-        b_CO=tuple(stacks_b),
-        scales_NE=torch.tensor(scales, dtype=torch.float32).reshape(len(pairs), -1),
-        pair_of_C=torch.tensor(owners, dtype=torch.long),
-        offsets=tuple(offsets),
+        experts=tuple(experts),
+        in_features=in_features,
+        out_features=tuple(out_features),
+        dtype=dtype,
+        scales_NE=torch.tensor(scales, dtype=torch.float32, device=device).view(len(out_features), len(experts)),
+        max_rank=max((part.rank for expert in experts for part in expert if part), default=0),
     )
+
+
+def whole_part(pair: Pair, dtype: torch.dtype) -> LoraPart:
+    """A pair of which nothing is elsewhere."""
+    a_RH, b_OR, scale = pair
+    return LoraPart(a_RH.to(dtype).contiguous(), b_OR.to(dtype).T.contiguous(), scale, a_RH.shape[0])

@@ -1,0 +1,36 @@
+"""Counts what a rank hands to collectives for other ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+ExchangeKind = Literal["dispatch", "combine", "rank_space", "gate_logits", "sizes"]
+
+
+class Wire:
+    """Bytes and rows this rank has handed over since it was made, by kind of exchange.
+
+    What stays on the rank does not count, nor does what the base model exchanges by itself. ``dispatch`` are token
+    rows with ids and weights on their way to experts, ``combine`` their deltas on the way back, ``rank_space`` and
+    ``gate_logits`` what a tp group adds up, counted once however many ranks take part, and ``sizes`` how many rows
+    each rank is about to receive.
+    """
+
+    def __init__(self) -> None:
+        """Starts at zero."""
+        self._bytes: Counter[ExchangeKind] = Counter()
+        self._rows: Counter[ExchangeKind] = Counter()
+
+    def add(self, kind: ExchangeKind, rows: int, nbytes: int) -> None:
+        """Counts one exchange of ``rows`` rows that take ``nbytes`` together."""
+        self._bytes[kind] += nbytes
+        self._rows[kind] += rows
+
+    def bytes(self, kind: ExchangeKind) -> int:
+        """Bytes handed over so far."""
+        return self._bytes[kind]
+
+    def rows(self, kind: ExchangeKind) -> int:
+        """Rows handed over so far."""
+        return self._rows[kind]
