@@ -1,8 +1,19 @@
 """The bank: LoRA experts of one base model and their gates, on disk."""
 
 from meteora_dist.bank.bank import Bank
+from meteora_dist.bank.edit import BankEdit, NewExpert, edit_bank
 from meteora_dist.bank.fingerprint import fingerprint
 from meteora_dist.bank.manifest import BankManifest, ExpertEntry, RoutingDefaults
 from meteora_dist.bank.write import write_bank
 
-__all__ = ["Bank", "BankManifest", "ExpertEntry", "RoutingDefaults", "fingerprint", "write_bank"]
+__all__ = [
+    "Bank",
+    "BankEdit",
+    "BankManifest",
+    "ExpertEntry",
+    "NewExpert",
+    "RoutingDefaults",
+    "edit_bank",
+    "fingerprint",
+    "write_bank",
+]

@@ -5,7 +5,7 @@ Shapes: E experts, H input features, O output features, R rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from meteora_dist.adapters.header import Header, read_header
 from meteora_dist.adapters.tensors import read_tensors
 from meteora_dist.bank.fingerprint import fingerprint
 from meteora_dist.bank.gates import GATES_FILE, check_dtypes, check_rows, check_shapes, model_order
-from meteora_dist.bank.manifest import BankManifest, ExpertEntry, read_manifest
+from meteora_dist.bank.manifest import BankManifest, ExpertEntry, GateOrigin, read_manifest
 from meteora_dist.errors import BankError
 
 MANIFEST_FILE = "bank.json"
@@ -59,7 +59,8 @@ class Bank:
         experts = _open_experts(path, manifest)
         gates = path / GATES_FILE
         header = read_header(gates, BankError)
-        check_rows(gates, header, {expert.name: expert.digest for expert in manifest.experts})
+        digests = {expert.name: expert.digest for expert in manifest.experts}
+        check_rows(gates, header, digests, [entry.name for entry in manifest.experts if entry.gate == "prototype"])
         check_dtypes(gates, header)
         check_shapes(gates, {name: info.shape for name, info in header.tensors.items()}, experts)
         digest = sha256_file(gates, BankError)
@@ -71,6 +72,16 @@ class Bank:
     def names(self) -> tuple[str, ...]:
         """Names of the E experts, in the order of the gates' rows."""
         return tuple(expert.name for expert in self.manifest.experts)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Digests of the E experts' adapters, in the order of the gates' rows."""
+        return tuple(expert.digest for expert in self.manifest.experts)
+
+    @property
+    def prototypes(self) -> tuple[bool, ...]:
+        """For each expert, whether its gate rows are prototypes, which score an input x by |g . x|."""
+        return tuple(expert.gate == "prototype" for expert in self.manifest.experts)
 
     def gate(self, linear: str) -> Tensor:
         """Reads the gate of ``linear``: [E, H], fp32, on the CPU.
@@ -108,6 +119,14 @@ class Bank:
         adapter = self.adapters[expert]
         return adapter.load(linear, device, dtype) if linear in adapter.shapes else None
 
+    def moved_to(self, path: Path) -> Bank:
+        """This bank after its folder was moved to ``path``."""
+        adapters = tuple(
+            replace(adapter, path=path / EXPERTS_FOLDER / name)
+            for name, adapter in zip(self.names, self.adapters, strict=True)
+        )
+        return replace(self, path=path, adapters=adapters)
+
     def check_base(self, model_folder: Path) -> None:
         """Checks that ``model_folder`` holds the base model the bank was made for.
 
@@ -128,8 +147,8 @@ class Bank:
             raise BankError(self.path, f"no expert adapts the linear {linear!r}")
 
 
-def describe(name: str, adapter: Adapter) -> ExpertEntry:
-    """The entry of bank.json for ``adapter`` under ``name``."""
+def describe(name: str, adapter: Adapter, gate: GateOrigin = "trained") -> ExpertEntry:
+    """The entry of bank.json for ``adapter`` under ``name``, with gate rows from ``gate``."""
     return ExpertEntry(
         name=name,
         digest=adapter.digest,
@@ -137,6 +156,7 @@ def describe(name: str, adapter: Adapter) -> ExpertEntry:
         alpha=adapter.alpha,
         rslora=adapter.rslora,
         targets=tuple(sorted({linear.rpartition(".")[2] for linear in adapter.shapes})),
+        gate=gate,
     )
 
 
@@ -152,7 +172,7 @@ def _open_experts(path: Path, manifest: BankManifest) -> dict[str, Adapter]:
             raise BankError(
                 folder, f"the adapter's digest is {adapter.digest}{whose}; bank.json gives {entry.name} {entry.digest}"
             )
-        found = describe(entry.name, adapter)
+        found = describe(entry.name, adapter, entry.gate)
         if found != entry:
             differing = [field for field in ExpertEntry.model_fields if getattr(found, field) != getattr(entry, field)]
             raise BankError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from meteora_dist.adapters import Adapter, LoraShape
@@ -26,18 +26,26 @@ _KNOWN_ORDER = (
 )
 
 
-def gates_metadata(experts: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of the gates file for experts in order: name to adapter digest."""
+def gates_metadata(experts: Mapping[str, str], prototypes: Collection[str] = ()) -> dict[str, str]:
+    """Metadata of the gates file.
+
+    Args:
+        experts: Adapter digest by name, in the order of the rows.
+        prototypes: Names of those whose rows are prototypes.
+    """
     # One key only: the safetensors library writes several in random order, and the file's digest would vary.
-    content = {"names": list(experts), "digest": experts_digest(experts.items())}
+    content: dict[str, object] = {"names": list(experts), "digest": experts_digest(experts.items())}
+    if prototypes:
+        content["prototypes"] = [name for name in experts if name in prototypes]
     return {_METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 
-def check_rows(path: Path, header: Header, experts: Mapping[str, str]) -> None:
-    """Checks that the rows of the gates belong to ``experts``: name to adapter digest, in order.
+def check_rows(path: Path, header: Header, experts: Mapping[str, str], prototypes: Collection[str] = ()) -> None:
+    """Checks that the rows of the gates belong to these experts; arguments as for ``gates_metadata``.
 
     Raises:
-        BankError: When the gates were made for other experts, another order or other adapters.
+        BankError: When the gates were made for other experts, another order or other adapters, or rows are taken for
+            trained that are prototypes, or the other way round.
     """
     text = header.metadata.get(_METADATA_KEY)
     if text is None:
@@ -47,6 +55,9 @@ def check_rows(path: Path, header: Header, experts: Mapping[str, str]) -> None:
         raise BankError(path, f"its rows belong to the experts {written.get('names')}; bank.json lists {list(experts)}")
     if written.get("digest") != experts_digest(experts.items()):
         raise BankError(path, "its rows were made for other adapters under the same names; bank.json has other digests")
+    listed = [name for name in experts if name in prototypes]
+    if written.get("prototypes", []) != listed:
+        raise BankError(path, f"its rows of {written.get('prototypes', [])} are prototypes; bank.json lists {listed}")
 
 
 def check_shapes(path: Path, gates: Mapping[str, tuple[int, ...]], experts: Mapping[str, Adapter]) -> None:

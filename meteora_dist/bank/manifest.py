@@ -39,6 +39,9 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """A sha256 in hex."""
 
 
+GateOrigin = Literal["trained", "prototype"]
+
+
 class RoutingDefaults(StrictModel):
     """How a request that says nothing of routing is routed.
 
@@ -63,6 +66,8 @@ class ExpertEntry(StrictModel):
         alpha: lora_alpha of its config; single linears may differ.
         rslora: Whether scales are ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
         targets: Sorted last parts of the names of the linears it adapts, such as ``q_proj``.
+        gate: Where its gate rows are from. ``trained``: they score an input x by their product with it, g . x.
+            ``prototype``: made from the adapter's own matrices, they score x by |g . x|.
     """
 
     name: ExpertName
@@ -71,6 +76,7 @@ class ExpertEntry(StrictModel):
     alpha: Annotated[float, Field(allow_inf_nan=False)]
     rslora: bool
     targets: tuple[str, ...]
+    gate: GateOrigin = "trained"
 
 
 class BankManifest(StrictModel):

@@ -63,6 +63,8 @@ def _choose(x_TH: Tensor, gate_PH: Tensor, num_linears: int, step: StepRouting) 
     if not step.gated:
         return step.ids_TK[:, None].expand(shape), step.weights_TK[:, None].expand(shape)
     logits_TNE = gate_logits(x_TH, gate_PH, num_linears)
+    if step.prototype_E is not None:
+        logits_TNE = torch.where(step.prototype_E, logits_TNE.abs(), logits_TNE)
     if step.top_k_T is None:
         temperature_T11 = None if step.temperature_T1 is None else step.temperature_T1[:, None]
         ids_TNK, weights_TNK = topk_softmax(logits_TNE, step.slots, temperature_T11)

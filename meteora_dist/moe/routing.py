@@ -62,20 +62,28 @@ class LiveGeneration:
         num_experts: E.
         index: Its place among the live generations, and so among the gates of every routed group.
         slot_E: The roster's slot of every expert; None where expert e is in slot e.
+        prototype_E: True for experts whose gate rows are prototypes: their logit is |g . x|. None when none are.
     """
 
     num_experts: int
     index: int = 0
     slot_E: Tensor | None = None
+    prototype_E: Tensor | None = None
 
 
-def live_generations(roster: Roster) -> dict[int, LiveGeneration]:
-    """What routing must know of the live generations, by number; their gates stand in the same order."""
+def live_generations(roster: Roster, prototypes: Mapping[int, Sequence[bool]]) -> dict[int, LiveGeneration]:
+    """What routing must know of the live generations, by number; their gates stand in the same order.
+
+    Args:
+        roster: The live generations.
+        prototypes: For each of them, whether each expert's gate rows are prototypes.
+    """
     return {
         number: LiveGeneration(
             num_experts=len(slots),
             index=index,
             slot_E=None if slots == tuple(range(len(slots))) else torch.tensor(slots),
+            prototype_E=torch.tensor(prototypes[number]) if any(prototypes[number]) else None,
         )
         for index, (number, slots) in enumerate(roster.generations.items())
     }
@@ -95,6 +103,7 @@ class StepRouting:
         shares_TE: Sum of gate weights over routed linears, filled by the pass; None when nobody asked.
         index: Of the generation, see ``LiveGeneration``.
         slot_E: Of the generation, see ``LiveGeneration``.
+        prototype_E: Of the generation, see ``LiveGeneration``.
     """
 
     auto_T: Tensor | None
@@ -106,6 +115,7 @@ class StepRouting:
     shares_TE: Tensor | None = None
     index: int = 0
     slot_E: Tensor | None = None
+    prototype_E: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -216,8 +226,9 @@ def plan_pass(
 
     def plan(requests: Sequence[int], generation: int) -> StepRouting:
         chosen, counts = [choices[r] for r in requests], [lengths[r] for r in requests]
-        step = plan_step(chosen, counts, live[generation].num_experts, slots, trace)
-        return replace(step, index=live[generation].index, slot_E=live[generation].slot_E)
+        bank = live[generation]
+        step = plan_step(chosen, counts, bank.num_experts, slots, trace)
+        return replace(step, index=bank.index, slot_E=bank.slot_E, prototype_E=bank.prototype_E)
 
     used = sorted(set(generations))
     if len(used) == 1:

@@ -70,6 +70,7 @@ def test_manifest_says_what_is_inside(parts: Parts, bank: Bank) -> None:
     few = manifest["experts"][1]
     assert few == {
         **{"name": "few", "rank": 2, "alpha": 3.0, "rslora": True, "targets": ["down_proj", "q_proj"]},
+        "gate": "trained",
         "digest": read_adapter(parts.adapters["few"]).digest,
     }
 

@@ -73,12 +73,25 @@ GATES = (torch.tensor([[0.0], [math.log(3)], [-9.0]]), torch.tensor([[-9.0], [0.
 
 
 def test_live_generations_of_a_roster() -> None:
-    live = live_generations(roster_of({1: "abc", 2: "bcd"}))
+    live = live_generations(roster_of({1: "abc", 2: "bcd"}), {1: (False,) * 3, 2: (False, False, True)})
     assert list(live) == [1, 2]
     assert live[1] == LIVE[1]
     assert (live[2].num_experts, live[2].index) == (3, 1)
     assert live[2].slot_E is not None
     assert live[2].slot_E.tolist() == [1, 2, 3]
+    assert live[2].prototype_E is not None
+    assert live[2].prototype_E.tolist() == [False, False, True]
+
+
+def test_a_prototype_counts_on_both_sides() -> None:
+    # Inputs 1 and -1 against the rows ln 3 (trained), -ln 9 (prototype) and 0 (trained).
+    live = {1: LiveGeneration(3, prototype_E=torch.tensor([False, True, False]))}
+    step = plan_pass([RoutingChoice()], [2], [1], live, 2)
+    gates = (torch.tensor([[math.log(3)], [-math.log(9)], [0.0]]),)
+    ids_TNK, weights_TNK = route(torch.tensor([[1.0], [-1.0]]), gates, 1, step)
+    # Logits are ln 3, ln 9, 0 for the input 1 and -ln 3, ln 9, 0 for -1.
+    assert ids_TNK[:, 0].tolist() == [[1, 0], [1, 2]]
+    torch.testing.assert_close(weights_TNK[:, 0], torch.tensor([[0.75, 0.25], [0.9, 0.1]]))
 
 
 def test_two_generations_in_one_pass() -> None:

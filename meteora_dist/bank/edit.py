@@ -1,0 +1,152 @@
+"""The next generation of a bank: experts added, replaced or removed, everything else as it was.
+
+A bank's folder never changes once it is written. An edit makes another folder beside it, in which the files of
+unchanged experts are hard links, so a generation costs the disk its gates and its new experts.
+
+Shapes: E experts, H input features of a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meteora_dist.adapters import Adapter, read_adapter
+from meteora_dist.adapters.tensors import read_tensors
+from meteora_dist.bank.bank import Bank
+from meteora_dist.bank.gates import GATES_FILE
+from meteora_dist.bank.prototype import prototype_row
+from meteora_dist.bank.rows import ROWS_FILE, read_rows
+from meteora_dist.bank.write import Draft, check_new, place
+from meteora_dist.errors import BankError, ExpertNotFound, InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class NewExpert:
+    """An expert that joins a bank.
+
+    Attributes:
+        adapter: Folder of its adapter, as PEFT wrote it.
+        gate_rows: File of its gate rows, see ``read_rows``. None for ``gate_rows.safetensors`` beside the adapter; if
+            there is no such file, the rows are prototypes made from the adapter.
+    """
+
+    adapter: Path
+    gate_rows: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BankEdit:
+    """A change of a bank. An expert may be named once.
+
+    Attributes:
+        add: New experts by name; they come last, in this order.
+        replace: Experts that take the place of those of the same name.
+        remove: Names of experts that go.
+    """
+
+    add: Mapping[str, NewExpert] = field(default_factory=dict)
+    replace: Mapping[str, NewExpert] = field(default_factory=dict)
+    remove: tuple[str, ...] = ()
+
+
+def edit_bank(bank: Bank, edit: BankEdit, path: Path) -> Bank:
+    """Writes the bank that ``edit`` makes of ``bank``, one generation on, and opens it.
+
+    The rows of unchanged experts stay as they are, bit for bit.
+
+    Args:
+        bank: The bank as it is; its folder is only read.
+        edit: What changes.
+        path: Where the new one goes; nothing may be there yet.
+
+    Raises:
+        ExpertNotFound: ``edit`` replaces or removes an expert the bank lacks.
+        InvalidRequest: It adds one the bank has, names one twice, changes nothing, or leaves no expert.
+        BankError: ``path`` exists, a name is not allowed, gate rows do not fit, or files cannot be written.
+        AdapterError: A new adapter is damaged or asks for something unsupported.
+    """
+    _check_names(bank, edit)
+    check_new(path, edit.add)
+    joining = {**edit.replace, **edit.add}
+    read = {name: read_adapter(expert.adapter) for name, expert in joining.items()}
+    staying = {name: a for name, a in zip(bank.names, bank.adapters, strict=True) if name not in edit.remove}
+    experts = {**staying, **read}
+    widths = _widths(experts)
+    rows = {name: _given_rows(expert, read[name], widths) for name, expert in joining.items()}
+    prototypes = {entry.name for entry in bank.manifest.experts if entry.gate == "prototype"} - rows.keys()
+    prototypes |= {name for name, given in rows.items() if given is None}
+    draft = Draft(
+        base_id=bank.manifest.base_model,
+        base_fingerprint=bank.manifest.base_fingerprint,
+        experts=experts,
+        gates=_gates(bank, experts, widths, rows),
+        routing=bank.manifest.routing,
+        generation=bank.manifest.generation + 1,
+        prototypes=frozenset(prototypes & experts.keys()),
+        linked=frozenset(experts.keys() - joining.keys()),
+    )
+    return place(path, draft)
+
+
+def _check_names(bank: Bank, edit: BankEdit) -> None:
+    named = [*edit.add, *edit.replace, *edit.remove]
+    if not named:
+        raise InvalidRequest("the edit names no expert: there is nothing to change")
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise InvalidRequest(f"the edit names {', '.join(twice)} more than once")
+    if unknown := [name for name in (*edit.replace, *edit.remove) if name not in bank.names]:
+        raise ExpertNotFound(f"there is no expert {unknown[0]!r} to change; the bank has {', '.join(bank.names)}")
+    if known := [name for name in edit.add if name in bank.names]:
+        raise InvalidRequest(f"the bank has an expert {known[0]!r} already; replace it, or choose another name")
+    if len(edit.remove) == len(bank.names) and not edit.add:
+        raise InvalidRequest("the edit removes every expert; a bank needs at least one")
+
+
+def _widths(experts: Mapping[str, Adapter]) -> dict[str, int]:
+    """Input features of every linear that at least one expert adapts."""
+    return {linear: shape.in_features for adapter in experts.values() for linear, shape in adapter.shapes.items()}
+
+
+def _given_rows(expert: NewExpert, adapter: Adapter, widths: Mapping[str, int]) -> dict[str, Tensor] | None:
+    """The rows that come with an expert, [H] by linear; None when none do."""
+    path = expert.gate_rows or expert.adapter / ROWS_FILE
+    if expert.gate_rows is None and not path.exists():
+        return None
+    return read_rows(path, adapter, widths)
+
+
+def _gates(
+    bank: Bank,
+    experts: Mapping[str, Adapter],
+    widths: Mapping[str, int],
+    rows: Mapping[str, Mapping[str, Tensor] | None],
+) -> dict[str, Tensor]:
+    """The gates of the new bank, each in the dtype it had; ``rows`` has an entry for each expert that joins."""
+    before = dict(
+        zip(bank.linears, read_tensors(bank.path / GATES_FILE, bank.gate_header, bank.linears, BankError), strict=True)
+    )
+    unchanged = [index for index, name in enumerate(bank.names) if name in experts and name not in rows]
+    place_of = {bank.names[index]: place for place, index in enumerate(unchanged)}
+    trained_E = torch.tensor([not bank.prototypes[index] for index in unchanged], dtype=torch.bool)
+    gates = {}
+    for linear, width in widths.items():
+        beside_EH = before[linear][unchanged] if linear in before else torch.zeros(len(unchanged), width)
+        made = {name: _new_row(linear, experts[name], given, beside_EH, trained_E) for name, given in rows.items()}
+        gates[linear] = torch.stack(
+            [made[name].to(beside_EH.dtype) if name in made else beside_EH[place_of[name]] for name in experts]
+        )
+    return gates
+
+
+def _new_row(
+    linear: str, adapter: Adapter, given: Mapping[str, Tensor] | None, beside_EH: Tensor, trained_E: Tensor
+) -> Tensor:
+    if given is not None:
+        return given[linear]
+    pair = adapter.load(linear) if linear in adapter.shapes else None
+    return prototype_row(pair, beside_EH, trained_E)
