@@ -1,7 +1,7 @@
 """Placements that balance measured load over the groups, within a limit on memory: pure functions.
 
 Memory comes first: no group holds more than ``MEMORY_SLACK`` of an even share, or than what sizes alone make
-unavoidable. Within that limit the load of the busiest group is brought down. ``docs/placement.md`` has a worked example.
+unavoidable. Within that limit the load of the busiest group is brought down. A worked example: ``docs/placement.md``.
 """
 
 from __future__ import annotations
