@@ -116,15 +116,13 @@ def rank_memory(shape: ModelShape, demand: Demand, mesh: Mesh) -> RankMemory:
 
 
 def _bank_numbers(shape: ModelShape, demand: Demand, mesh: Mesh) -> int:
-    """Per linear, one matrix of the group's experts split by features, the other by expert: rank-space sharding."""
-    group_experts = -(-demand.experts // mesh.ep)
-    own_experts = -(-group_experts // mesh.tp)
+    """Of every pair a tp group splits one matrix by features and the other by rank."""
+    ranks = -(-demand.experts // mesh.ep) * demand.rank
+    own_ranks = -(-ranks // mesh.tp)
     numbers = 0
     for group in demand.groups(shape):
         for linear in group:
             in_features, out_features = linear.local(mesh.tp)
-            if linear.row_parallel:
-                numbers += group_experts * in_features + own_experts * out_features
-            else:
-                numbers += own_experts * in_features + group_experts * out_features
-    return shape.layers * demand.rank * numbers
+            by_features, by_rank = (in_features, out_features) if linear.row_parallel else (out_features, in_features)
+            numbers += ranks * by_features + own_ranks * by_rank
+    return shape.layers * numbers

@@ -27,9 +27,9 @@ def test_a_bank_by_hand() -> None:
 
 
 def test_a_rank_of_two_by_two_by_hand() -> None:
-    # 6 experts of rank 1 in fp32: a group holds 3, of which the fuller rank owns 2 whole.
-    # Column-parallel, A by expert and B by output: q 2*8 + 3*4, k and v 2*8 + 3*2, gate and up 2*8 + 3*6.
-    # Row-parallel, A by input and B by expert: o 3*4 + 2*8, down 3*6 + 2*8.
+    # 6 experts of rank 1 in fp32: a group holds 3 ranks of a linear, of which the fuller rank of the group has 2.
+    # Column-parallel, A by rank and B by output: q 2*8 + 3*4, k and v 2*8 + 3*2, gate and up 2*8 + 3*6.
+    # Row-parallel, A by input and B by rank: o 3*4 + 2*8, down 3*6 + 2*8.
     memory = rank_memory(TINY, Demand(experts=6, rank=1, dtype="float32", kv_tokens=100), Mesh(ep=2, tp=2))
     assert memory.bank == 4 * (28 + 2 * 22 + 2 * 34 + 28 + 34)
     # Gates of all 6: five linears read 8 numbers, o reads its half of 8, down its half of 12.
@@ -50,8 +50,8 @@ def test_the_bank_is_split_evenly_when_it_divides(shares: int, rank: int, ep: in
 def test_what_is_left_over_costs_little(experts: int, ep: int, tp: int) -> None:
     shape, demand = KNOWN["SmolLM2-135M"], Demand(experts=experts, rank=8)
     even = bank_bytes(shape, demand) / (ep * tp)
-    # At most one expert of a group and one of a rank more than an even share.
-    assert even <= rank_memory(shape, demand, Mesh(ep, tp)).bank <= even * (1 + (ep + tp) * ep / experts)
+    # At most one expert of a group and one rank of a linear more than an even share.
+    assert even <= rank_memory(shape, demand, Mesh(ep, tp)).bank <= even * (1 + (8 + tp) * ep / (8 * experts))
 
 
 def test_only_targeted_linears_count() -> None:
