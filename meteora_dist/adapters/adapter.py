@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from meteora_dist.adapters.files import read_json_object, sha256_file
 from meteora_dist.adapters.header import Header, TensorInfo, read_header
 from meteora_dist.adapters.peft_config import LoraSettings, parse_settings
-from meteora_dist.adapters.tensors import is_floating, read_tensors
+from meteora_dist.adapters.tensors import Block, is_floating, read_blocks
 from meteora_dist.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,6 +37,25 @@ class LoraPair:
     a_RH: Tensor
     b_OR: Tensor
     scale: float
+
+
+class PairCut(NamedTuple):
+    """Which part of a pair to read: rows of A are ranks and its columns inputs, rows of B are outputs.
+
+    Attributes:
+        inputs: Columns of A.
+        outputs: Rows of B.
+        ranks_a: Rows of A.
+        ranks_b: Columns of B.
+    """
+
+    inputs: slice = slice(None)
+    outputs: slice = slice(None)
+    ranks_a: slice = slice(None)
+    ranks_b: slice = slice(None)
+
+
+WHOLE = PairCut()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +91,30 @@ class Adapter:
     header: Header = field(repr=False)
 
     def load(
-        self, module: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+        self,
+        module: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        cut: PairCut = WHOLE,
     ) -> LoraPair:
-        """Reads the pair of one linear.
+        """Reads the pair of one linear, or a part of it.
 
         Args:
             module: A key of ``shapes``.
             device: Where the matrices go.
             dtype: What they become; None keeps the file's.
+            cut: The part to read.
 
         Raises:
             AdapterError: When the adapter does not adapt ``module`` or its file can no longer be read.
         """
         if module not in self.shapes:
             raise AdapterError(self.path, f"does not adapt the module {module!r}")
-        names = [f"{_PREFIX}{module}{suffix}" for suffix in (_A_SUFFIX, _B_SUFFIX)]
-        a_RH, b_OR = read_tensors(self.path / WEIGHTS_FILE, self.header, names, AdapterError)
+        blocks = [
+            Block(f"{_PREFIX}{module}{_A_SUFFIX}", cut.ranks_a, cut.inputs),
+            Block(f"{_PREFIX}{module}{_B_SUFFIX}", cut.outputs, cut.ranks_b),
+        ]
+        a_RH, b_OR = read_blocks(self.path / WEIGHTS_FILE, self.header, blocks, AdapterError)
         return LoraPair(a_RH.to(device, dtype), b_OR.to(device, dtype), self.shapes[module].scale)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from meteora_dist.adapters import Adapter, LoraPair, read_adapter
 from meteora_dist.adapters.files import sha256_file
 from meteora_dist.adapters.header import Header, read_header
-from meteora_dist.adapters.tensors import read_tensors
+from meteora_dist.adapters.tensors import Block, read_blocks
 from meteora_dist.bank.fingerprint import fingerprint
 from meteora_dist.bank.gates import GATES_FILE, check_dtypes, check_rows, check_shapes, model_order
 from meteora_dist.bank.manifest import BankManifest, ExpertEntry, GateOrigin, read_manifest
@@ -83,14 +83,15 @@ class Bank:
         """For each expert, whether its gate rows are prototypes, which score an input x by |g . x|."""
         return tuple(expert.gate == "prototype" for expert in self.manifest.experts)
 
-    def gate(self, linear: str) -> Tensor:
-        """Reads the gate of ``linear``: [E, H], fp32, on the CPU.
+    def gate(self, linear: str, inputs: slice = slice(None)) -> Tensor:
+        """Reads the gate of ``linear``, or the columns ``inputs`` of it: [E, H], fp32, on the CPU.
 
         Raises:
             BankError: When no expert adapts ``linear`` or the file can no longer be read.
         """
         self._check_linear(linear)
-        gate_EH = read_tensors(self.path / GATES_FILE, self.gate_header, [linear], BankError)[0]
+        block = Block(linear, columns=inputs)
+        gate_EH = read_blocks(self.path / GATES_FILE, self.gate_header, [block], BankError)[0]
         return gate_EH.float()
 
     def pair(

@@ -19,7 +19,7 @@ class EngineConfig(StrictModel):
         model: Folder of the base model's checkpoint (config, safetensors, tokenizer).
         bank: Folder of the bank.
         ep: Expert-parallel ranks; each owns ``E / ep`` of the experts.
-        tp: Tensor-parallel ranks in each expert-parallel group.
+        tp: Tensor-parallel ranks in each expert-parallel group; it must divide the model's attention and KV heads.
         dtype: What weights, activations and KV cache are held in.
         max_model_len: Most tokens of prompt and answer together.
         max_batch_tokens: Most tokens in one forward pass of a rank.
@@ -31,7 +31,7 @@ class EngineConfig(StrictModel):
     model: Path
     bank: Path
     ep: PositiveInt = 1
-    tp: Literal[1] = 1
+    tp: PositiveInt = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_model_len: PositiveInt = 2048
     max_batch_tokens: PositiveInt = 512

@@ -22,6 +22,11 @@ class Mesh:
         """Ranks in all."""
         return self.ep * self.tp
 
+    @property
+    def drivers(self) -> tuple[int, ...]:
+        """The ranks that requests are sent to: the first of every group."""
+        return tuple(range(0, self.size, self.tp))
+
     def ep_rank(self, rank: int) -> int:
         """The group that ``rank`` belongs to."""
         return rank // self.tp
@@ -29,3 +34,7 @@ class Mesh:
     def tp_rank(self, rank: int) -> int:
         """Its place inside the group."""
         return rank % self.tp
+
+    def peers(self, tp_rank: int) -> tuple[int, ...]:
+        """The ranks at the same place in every group, which exchange token rows with each other."""
+        return tuple(range(tp_rank, self.size, self.tp))

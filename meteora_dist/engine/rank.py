@@ -14,13 +14,14 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
-from meteora_dist.engine.lockstep import join
+from meteora_dist.engine.lockstep import COLLECTIVE_TIMEOUT, join
 from meteora_dist.engine.manager import LockstepManager, Shares
+from meteora_dist.engine.mesh import Mesh
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from meteora_dist.model.load import load_base, torch_dtype
 from meteora_dist.moe.dispatcher import AllToAllDispatcher
-from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.inject import Place, RoutedModel, inject
 from meteora_dist.moe.placement import contiguous
 from meteora_dist.moe.wire import Wire
 
@@ -54,7 +55,9 @@ class RankEngine:
         """
         torch.set_num_threads(config.threads)
         lockstep = join(rank, config.mesh.size, rendezvous)
-        self.routed = load_routed(config, rank, dist.group.WORLD if config.mesh.size > 1 else None)
+        self._drivers = config.mesh.drivers
+        self._rank = rank
+        self.routed = load_routed(config, rank)
         self.generation_config = _generation_config(self.routed.model)
         self._max_len = config.max_model_len
         self._live: dict[str, _Live] = {}
@@ -70,7 +73,10 @@ class RankEngine:
             InvalidRequest: The prompt is empty or holds ids outside the vocabulary, or ``max_tokens`` is not positive.
             PromptTooLong: Prompt and answer exceed ``max_model_len``.
             EngineUnavailable: The loop has died, before or while the request ran.
+            ValueError: This rank is not the first of its tp group.
         """
+        if self._rank not in self._drivers:
+            raise ValueError(f"rank {self._rank} takes no requests; they go to the ranks {list(self._drivers)}")
         self.check()
         self._refuse_unservable(request)
         live = _Live(request, asyncio.get_running_loop())
@@ -157,15 +163,24 @@ class RankEngine:
         return "stop" if ended and not request.ignore_eos else "length"
 
 
-def load_routed(config: EngineConfig, rank: int, group: dist.ProcessGroup | None) -> RoutedModel:
-    """The base model with this rank's share of the bank's experts."""
+def load_routed(config: EngineConfig, rank: int) -> RoutedModel:
+    """This rank's part of the base model, with its share of the bank's experts; all ranks of the world call it."""
     dtype = torch_dtype(config.dtype)
     bank = Bank.open(config.bank)
     bank.check_base(config.model)
     placement = contiguous(len(bank.names), config.ep)
-    dispatcher = None if group is None else AllToAllDispatcher(group, Wire())
-    base = load_base(config.model, dtype)
-    return inject(base, bank, dtype, placement, config.mesh.ep_rank(rank), dispatcher)
+    base = load_base(config.model, dtype, config.ep, config.tp)
+    return inject(base, bank, dtype, placement, _place(config.mesh, rank))
+
+
+def _place(mesh: Mesh, rank: int) -> Place:
+    """Where the rank stands, and the process group it exchanges token rows in; collective."""
+    if mesh.ep == 1:
+        return Place()
+    wire = Wire()
+    # Every rank has to take part in making every group.
+    groups = [dist.new_group(mesh.peers(tp_rank), COLLECTIVE_TIMEOUT) for tp_rank in range(mesh.tp)]
+    return Place(mesh.ep_rank(rank), AllToAllDispatcher(groups[mesh.tp_rank(rank)], wire), wire)
 
 
 def _generation_config(model: PreTrainedModel) -> GenerationConfig:
@@ -187,4 +202,5 @@ def _batching_config(config: EngineConfig) -> ContinuousBatchingConfig:
         use_async_batching=False,
         use_cuda_graph=False,
         auto_switch_to_flash=False,
+        cpu_group_timeout=COLLECTIVE_TIMEOUT.total_seconds(),
     )

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from math import gcd
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from meteora_dist.errors import ModelError
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+class _TensorParallelOnly(DistributedConfig):
+    """A mesh of tp groups, each with a model of its own.
+
+    transformers wraps data-parallel replicas in FSDP, which keeps them equal in training. Here nothing is trained, and
+    the wrapper would gather every layer's weights in every pass.
+    """
+
+    @property
+    def dp_size(self) -> int:
+        return 1
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
@@ -18,20 +32,39 @@ def torch_dtype(name: Dtype) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> PreTrainedModel:
     """The causal language model in ``folder``, in evaluation mode, with frozen weights.
 
+    With ``tp`` above 1 the process must be one of ``ep * tp`` in the default process group, and every one of them has
+    to call: neighbours form a tp group, and each reads only its own slices of the weights.
+
     Raises:
-        ModelError: There is no model there, it is damaged, or its weights are not safetensors.
+        ModelError: There is no model there, it is damaged, its weights are not safetensors, or ``tp`` does not divide
+            its heads.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(folder, "no config.json here; it must be the folder of a transformers checkpoint")
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        if tp > 1:
+            _check_heads(folder, tp)
+            options["distributed_config"] = _TensorParallelOnly(tp_size=tp, dp_replicate_size=ep)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise ModelError(folder, f"cannot be loaded as a causal language model: {error}") from error
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _check_heads(folder: Path, tp: int) -> None:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    heads: int = config.num_attention_heads
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    if heads % tp or kv_heads % tp:
+        fitting = [size for size in range(1, kv_heads + 1) if gcd(heads, kv_heads) % size == 0]
+        raise ModelError(
+            folder,
+            f"tp is {tp}, but it must divide the model's {heads} attention heads and {kv_heads} KV heads: "
+            f"{', '.join(map(str, fitting))}",
+        )

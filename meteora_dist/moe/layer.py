@@ -7,18 +7,24 @@ G slots of the roster, D expert-parallel groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from meteora_dist.moe.dispatcher import Dispatcher
+from meteora_dist.moe.dispatcher import Dispatched, Dispatcher
 from meteora_dist.moe.gate import route
 from meteora_dist.moe.routing import NO_EXPERT, PassRouting
+from meteora_dist.moe.sharding import GroupShape
+from meteora_dist.moe.wire import ExchangeKind
+from meteora_kernels.routed_lora.grouped import expand_grouped, shrink_grouped
 from meteora_kernels.routed_lora.plan import routed_lora
 from meteora_kernels.routed_lora.stack import LoraStack
+
+AddUp = Callable[[Tensor, ExchangeKind], Tensor]
+"""Adds up what every rank of a tp group has of a tensor, rows first; returns the sum."""
 
 
 class RoutingContext:
@@ -62,33 +68,45 @@ class RoutedGroup(nn.Module):
     """The gates and this rank's experts of N linears that share one input.
 
     Attributes:
-        names: Module paths of the N linears, in the order the block calls them.
+        shape: The linears, and this rank's part of them.
         state: What it routes and computes with; assign another one between two passes, on all ranks between the same.
     """
 
     def __init__(
-        self, names: tuple[str, ...], state: GroupState, dispatcher: Dispatcher, context: RoutingContext
+        self,
+        shape: GroupShape,
+        state: GroupState,
+        dispatcher: Dispatcher,
+        context: RoutingContext,
+        add_up: AddUp | None = None,
     ) -> None:
         """Joins gates and experts.
 
         Args:
-            names: Module paths of the N linears.
+            shape: Of the linears.
             state: To begin with.
             dispatcher: Brings rows to experts.
             context: Says how the pass is routed.
+            add_up: Adds up the parts of the tp group's ranks; None for a group of one.
         """
         super().__init__()
-        self.names = names
+        self.shape = shape
         self.state = state
         self._dispatcher = dispatcher
         self._context = context
+        self._add_up = add_up
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Module paths of the N linears, in the order the block calls them."""
+        return self.shape.names
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, ...] | None:
         """The N deltas [T, O_n] for the pass under way; None when it uses no expert."""
         step = self._context.step
         if step is None:
             return None
-        slots_TNK, weights_TNK = route(x_TH, self.state.gates, len(self.names), step)
+        slots_TNK, weights_TNK = route(x_TH, self.state.gates, len(self.names), step, self._complete_logits)
         return self._exchange(x_TH, slots_TNK, weights_TNK)
 
     def serve(self, slots: int) -> None:
@@ -102,8 +120,19 @@ class RoutedGroup(nn.Module):
     def _exchange(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
         state = self.state
         sent = self._dispatcher.dispatch(x_TH, slots_TNK, weights_TNK, state.targets_DG)
-        deltas_MO = routed_lora(sent.rows_MH, state.stack, sent.local_ids_MNK, sent.weights_MNK)
-        return self._dispatcher.combine(deltas_MO, sent.exchange)
+        return self._dispatcher.combine(self._deltas(sent, state.stack), sent.exchange)
+
+    def _deltas(self, sent: Dispatched, stack: LoraStack) -> tuple[Tensor, ...]:
+        if self._add_up is None:
+            return routed_lora(sent.rows_MH, stack, sent.local_ids_MNK, sent.weights_MNK)
+        # All that the ranks of a tp group tell each other of their experts: vectors as wide as a rank.
+        shrunk_MNKR = self._add_up(shrink_grouped(sent.rows_MH, stack, sent.local_ids_MNK), "rank_space")
+        return expand_grouped(shrunk_MNKR, stack, sent.local_ids_MNK, sent.weights_MNK)
+
+    def _complete_logits(self, logits_TNE: Tensor) -> Tensor:
+        """Gates that see a slice of the input give parts of logits; all ranks need the same, for the same choice."""
+        partial = self._add_up is not None and self.shape.split == "inputs"
+        return self._add_up(logits_TNE, "gate_logits") if partial and self._add_up else logits_TNE
 
 
 class SharedDeltas:
@@ -144,6 +173,9 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., O] of x [..., H]."""
-        y: Tensor = self.base_layer(x)
+        return self.with_delta(self.base_layer(x), x)
+
+    def with_delta(self, y: Tensor, x: Tensor) -> Tensor:
+        """Y [..., O] plus this linear's delta for x [..., H]; of both this rank's part where a tp group splits them."""
         delta_TO = self._shared.take(self._index, x)
         return y if delta_TO is None else y + delta_TO.view_as(y)

@@ -1,0 +1,69 @@
+"""Reads what a rank holds of a group's experts and gates.
+
+Shapes: N linears that share one input, H input width of this rank, O_n output widths of this rank, E experts,
+P = N * E, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from meteora_dist.adapters import Adapter
+from meteora_dist.bank import Bank
+from meteora_dist.errors import AdapterError
+from meteora_dist.moe.sharding import GroupShape
+from meteora_kernels.routed_lora.plan import arrange
+from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, stack
+
+
+def read_expert(adapter: Adapter, shape: GroupShape, dtype: torch.dtype, device: torch.device) -> Expert:
+    """This rank's part of one expert at the linears of a group; nothing else is kept in memory.
+
+    All ranks of a tp group read the same digests alike, whenever they read them.
+
+    Raises:
+        AdapterError: The adapter is for linears of another shape, or its file has changed.
+    """
+    return tuple(_read_part(adapter, shape, linear, dtype, device) for linear in range(len(shape.names)))
+
+
+def stack_experts(experts: Sequence[Expert], shape: GroupShape, dtype: torch.dtype, device: torch.device) -> LoraStack:
+    """Experts of a group by local id, as its operators want them: few side by side in a copy, many as they are."""
+    return arrange(stack(experts, shape.local_inputs, shape.local_outputs, dtype, device))
+
+
+def read_gates(bank: Bank, shape: GroupShape, device: torch.device) -> Tensor:
+    """This rank's part of a group's gates, stacked: gate_PH, fp32, over all experts of the bank.
+
+    Raises:
+        BankError: The file has changed.
+    """
+    return torch.cat([bank.gate(name, shape.inputs) for name in shape.names]).to(device)
+
+
+def _read_part(
+    adapter: Adapter, shape: GroupShape, linear: int, dtype: torch.dtype, device: torch.device
+) -> LoraPart | None:
+    name, out_features = shape.names[linear], shape.out_features[linear]
+    known = adapter.shapes.get(name)
+    if known is None:
+        return None
+    if (known.in_features, known.out_features) != (shape.in_features, out_features):
+        raise AdapterError(
+            adapter.path,
+            f"maps {known.in_features} to {known.out_features} features at {name}; the base model maps "
+            f"{shape.in_features} to {out_features}",
+        )
+    cut = shape.cut(linear, known.rank, adapter.digest)
+    pair = adapter.load(name, device, dtype, cut)
+    return LoraPart(
+        a_RH=pair.a_RH,
+        b_RO=pair.b_OR.T.contiguous(),
+        scale=pair.scale,
+        rank=known.rank,
+        first_a=cut.ranks_a.start,
+        first_b=cut.ranks_b.start,
+    )
