@@ -14,8 +14,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from meteora_cluster.errors import PlacementError, RankFailed
+from meteora_cluster.heartbeat import Heartbeat, failing
 from meteora_cluster.member import Member
 from meteora_cluster.placement import Resources, check_bundles, world_bundles
+from meteora_cluster.processes import LocalProcesses
 from meteora_cluster.waiting import all_of, calls, reason_of
 
 
@@ -32,6 +34,7 @@ class ActorGroup:
     def __init__(self, actors: Sequence[ActorHandle[Any]], own_placement: PlacementGroup | None) -> None:
         self.actors = tuple(actors)
         self._own_placement = own_placement
+        self._processes = LocalProcesses()
 
     @classmethod
     async def launch(
@@ -78,16 +81,20 @@ class ActorGroup:
             raise
         return group
 
-    async def watch(self) -> RankFailed:
-        """Waits until the first rank stops working, and returns what it said."""
-        watches = calls([actor.watch.remote() for actor in self.actors])
+    async def watch(self, heartbeat: Heartbeat) -> RankFailed:
+        """Waits until the first rank stops working, and returns what it said, or that it no longer says anything."""
+        ends = calls([actor.watch.remote() for actor in self.actors])
+        hangs = {asyncio.ensure_future(failing(actor, heartbeat)): rank for rank, actor in enumerate(self.actors)}
         try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([*ends, *hangs], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in watches:
+            for task in [*ends, *hangs]:
                 task.cancel()
-        errors = {watches[task]: task.exception() for task in done}
-        reasons = {rank: reason_of(error) if error else "it stopped on its own" for rank, error in errors.items()}
+        reasons = {hangs[task]: task.result() for task in done if task in hangs}
+        # What a rank says itself is worth more than that it no longer answers.
+        for task in done & ends.keys():
+            error = task.exception()
+            reasons[ends[task]] = reason_of(error) if error else "it stopped on its own"
         return RankFailed("watching the ranks", reasons)
 
     def stop(self) -> None:
@@ -95,12 +102,15 @@ class ActorGroup:
         for actor in self.actors:
             with contextlib.suppress(RayActorError, ValueError):
                 ray.kill(actor)
+        self._processes.kill()
         self.actors = ()
         if self._own_placement is not None:
             remove_placement_group(self._own_placement)
             self._own_placement = None
 
     async def _meet(self, timeout_s: float) -> None:
+        where = await all_of([actor.whereabouts.remote() for actor in self.actors], "finding the ranks", timeout_s)
+        self._processes.hold(where)
         (meeting,) = await all_of([self.actors[0].rendezvous.remote()], "choosing the meeting point", timeout_s)
         await all_of([actor.start.remote(meeting) for actor in self.actors], "starting the ranks", timeout_s)
 

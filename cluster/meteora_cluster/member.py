@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
+import ray
 import ray.util
 
 RAY_WORKER_PORTS = range(10_002, 20_000)
 """Ray hands these ports to its own workers at any time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Which process a rank is.
+
+    Attributes:
+        node: Ray's id of its node.
+        pid: Its process id there.
+    """
+
+    node: str
+    pid: int
 
 
 class Member(ABC):
@@ -21,6 +37,10 @@ class Member(ABC):
         """``host:port`` on this rank's node where the world can meet; asked of rank 0 only."""
         return f"{ray.util.get_node_ip_address()}:{free_port()}"
 
+    async def whereabouts(self) -> Whereabouts:
+        """Which process this rank is."""
+        return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid())
+
     @abstractmethod
     async def start(self, rendezvous: str) -> None:
         """Joins the world that meets at ``rendezvous`` (``host:port``) and returns once this rank is ready."""
@@ -28,6 +48,10 @@ class Member(ABC):
     @abstractmethod
     async def watch(self) -> None:
         """Runs for as long as this rank works, and raises when it no longer does."""
+
+    @abstractmethod
+    async def beat(self) -> float | None:
+        """Seconds since this rank last made progress, or None when it has nothing to do."""
 
 
 def free_port(host: str = "") -> int:

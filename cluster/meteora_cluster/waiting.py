@@ -16,7 +16,7 @@ _LAST_WORDS_S = 2.0
 
 def calls(refs: Sequence[Any]) -> dict[asyncio.Task[Any], int]:
     """One task a Ray object reference, with its rank: the position in ``refs``."""
-    return {asyncio.ensure_future(_value(ref)): rank for rank, ref in enumerate(refs)}
+    return {asyncio.ensure_future(value(ref)): rank for rank, ref in enumerate(refs)}
 
 
 async def all_of(refs: Sequence[Any], doing: str, timeout_s: float) -> list[Any]:
@@ -63,5 +63,6 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-async def _value(ref: Any) -> Any:
+async def value(ref: Any) -> Any:
+    """What a Ray object reference stands for, as a coroutine that can be cancelled."""
     return await ref

@@ -84,6 +84,11 @@ class LockstepManager(ContinuousBatchingManager):
         """Seconds since the loop began its latest step, or None while it sleeps for want of work."""
         return None if self._asleep else time.monotonic() - self._stepped
 
+    def wait(self) -> None:
+        """Blocks for as long as the loop runs."""
+        if self._generation_thread is not None:
+            self._generation_thread.join()
+
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
         """Waits for the loop to end; it may have to be woken for that."""
         self._lockstep.wake()
@@ -116,6 +121,8 @@ class LockstepManager(ContinuousBatchingManager):
     def _sleep(self) -> None:
         self._asleep = True
         self._lockstep.sleep()
+        # In this order: whoever asks in between must not take the sleep for a stall.
+        self._stepped = time.monotonic()
         self._asleep = False
 
     def _step(

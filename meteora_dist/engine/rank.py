@@ -82,7 +82,7 @@ class RankEngine:
         live = _Live(request, asyncio.get_running_loop())
         self._live[request.request_id] = live
         try:
-            self._manager.submit(request, -1 if request.ignore_eos else self._eos())
+            self._submit(request)
             while True:
                 event = await live.events.get()
                 if isinstance(event, EngineUnavailable):
@@ -96,7 +96,9 @@ class RankEngine:
     def cancel(self, request_id: str) -> None:
         """Ends a request, if it is still under way, and frees its cache."""
         if self._live.pop(request_id, None) is not None:
-            self._manager.cancel_request(request_id)
+            # A world that has fallen apart cannot be woken, and has nothing left to free.
+            with contextlib.suppress(dist.DistError):
+                self._manager.cancel_request(request_id)
 
     def check(self) -> None:
         """Raises EngineUnavailable when the loop is not running, or is about to end."""
@@ -110,12 +112,22 @@ class RankEngine:
         """Seconds since the loop began its latest step; None while it sleeps for want of work."""
         return self._manager.stalled_s()
 
+    def wait(self) -> None:
+        """Blocks for as long as the loop runs."""
+        self._manager.wait()
+
     def stop(self) -> None:
         """Finishes live requests, leaves the world. All ranks have to stop."""
         if self._manager.is_running():
             self._manager.stop(block=True)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _submit(self, request: GenerationRequest) -> None:
+        try:
+            self._manager.submit(request, -1 if request.ignore_eos else self._eos())
+        except dist.DistError as error:
+            raise EngineUnavailable(f"the world has fallen apart: {error}") from error
 
     def _refuse_unservable(self, request: GenerationRequest) -> None:
         """What a pass would stumble over, for all requests of its batch."""
@@ -147,20 +159,24 @@ class RankEngine:
     def _events(
         self, live: _Live, output: GenerationOutput, shares: Shares | None
     ) -> list[TokenEvent | EngineUnavailable]:
-        events: list[TokenEvent | EngineUnavailable] = []
         new = output.generated_tokens[live.sent :]
+        reasons = [self._finish_reason(token, live.sent + count, live.request) for count, token in enumerate(new, 1)]
         live.sent += len(new)
-        for left, token in zip(reversed(range(len(new))), new, strict=True):
-            done = left == 0 and output.is_finished() and output.error is None
-            events.append(TokenEvent(token, self._finish_reason(token, live.request) if done else None, shares))
-        if output.error is not None:
+        events: list[TokenEvent | EngineUnavailable] = [
+            TokenEvent(token, reason, shares) for token, reason in zip(new, reasons, strict=True)
+        ]
+        # A loop that fails after a request's last token has not failed that request.
+        if output.error is not None and not any(reasons):
             events.append(EngineUnavailable(f"the request was interrupted: {output.error}"))
         return events
 
-    def _finish_reason(self, token: int, request: GenerationRequest) -> FinishReason:
+    def _finish_reason(self, token: int, number: int, request: GenerationRequest) -> FinishReason | None:
+        """Why the answer ends with its ``number``-th token, if it does."""
         eos = self._eos()
         ended = token in eos if isinstance(eos, list) else token == eos
-        return "stop" if ended and not request.ignore_eos else "length"
+        if ended and not request.ignore_eos:
+            return "stop"
+        return "length" if number == request.max_tokens else None
 
 
 def load_routed(config: EngineConfig, rank: int) -> RoutedModel:

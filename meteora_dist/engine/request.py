@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from meteora_dist.moe.routing import RoutingChoice
@@ -17,7 +18,8 @@ class Sampling:
     Attributes:
         temperature: 0 takes the most probable token (greedy); above, logits are divided by it.
         top_p: Only the smallest set of most probable tokens whose probabilities reach this sum is drawn from.
-        seed: Draws depend on (seed, position) alone, never on what else is in the batch.
+        seed: Draws depend on (seed, position) alone, never on what else is in the batch; the position is the number
+            of tokens before the drawn one, prompt included.
     """
 
     temperature: float = 0.0
@@ -46,6 +48,13 @@ class GenerationRequest:
     routing: RoutingChoice = field(default_factory=RoutingChoice)
     trace: bool = False
     ignore_eos: bool = False
+
+    def after(self, tokens: Sequence[int]) -> GenerationRequest:
+        """What is left of the request once it has produced ``tokens``, fewer than ``max_tokens`` of them.
+
+        It has the same positions as the request itself, and so the same draws.
+        """
+        return replace(self, prompt_ids=(*self.prompt_ids, *tokens), max_tokens=self.max_tokens - len(tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,11 @@ class RequestSampler(ContinuousBatchingLogitsProcessorList):
         """Accepts what the manager sends: the request itself."""
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
-        """Notes how each token of the coming pass is drawn, and at which position."""
+        """Notes how each token of the coming pass is drawn, and at which position.
+
+        The batch has advanced ``position_offset`` already: it counts all tokens before the drawn one, the same in
+        prefill, split or not, and in decoding. So a request that was interrupted draws as if it had not been.
+        """
         self._rows = [
             (future.state.logit_processor_kwargs["request"].sampling, future.state.position_offset)
             for future in requests_in_batch

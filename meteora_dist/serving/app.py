@@ -32,9 +32,9 @@ def build(args: dict[str, Any]) -> Application:
     return application(parse_config(args))
 
 
-def application(config: ServiceConfig) -> Application:
-    """One replica of :class:`Server`, with a placement group that has one bundle a rank."""
-    ingress: Any = serve.ingress()(Server)
+def application(config: ServiceConfig, server: type[Server] = Server) -> Application:
+    """One replica of ``server``, with a placement group that has one bundle a rank."""
+    ingress: Any = serve.ingress()(server)
     deployment: Any = serve.deployment(
         ingress,
         name=DEPLOYMENT,

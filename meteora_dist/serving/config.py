@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
 
+from meteora_cluster.heartbeat import Heartbeat
 from meteora_cluster.placement import Resources
 from meteora_dist.engine.config import EngineConfig
 
@@ -18,7 +19,15 @@ class ServiceConfig(EngineConfig):
         replica_cpus: CPUs reserved for the replica, which speaks HTTP and gRPC and tokenizes.
         rank_cpus: CPUs reserved for each rank.
         rank_gpus: GPUs reserved for each rank.
-        start_timeout_s: Seconds the ranks get to load and meet.
+        start_timeout_s: Seconds the ranks get to load and meet, when the replica starts and at every rebuild.
+        heartbeat_s: Seconds between two questions to each rank how it is.
+        heartbeat_timeout_s: Seconds a rank gets to answer: one that is stopped is noticed, and the world rebuilt,
+            within ``heartbeat_s + heartbeat_timeout_s``. A killed or failing one is noticed at once.
+        stall_timeout_s: Seconds a rank with work may take for one step before it counts as hanging; far longer than
+            the longest forward pass, the first one with its compilations included.
+        max_rebuilds: Rebuilds in a row after which the world must have produced a token of a request again; otherwise
+            the replica's health check fails, and Serve replaces it.
+        rebuild_wait_s: Seconds that new requests wait for a world that is being rebuilt, before they are refused.
     """
 
     max_live_requests: PositiveInt = 128
@@ -26,6 +35,11 @@ class ServiceConfig(EngineConfig):
     rank_cpus: NonNegativeFloat = 0.8
     rank_gpus: NonNegativeFloat = 0.0
     start_timeout_s: PositiveFloat = 600.0
+    heartbeat_s: PositiveFloat = 1.0
+    heartbeat_timeout_s: PositiveFloat = 5.0
+    stall_timeout_s: PositiveFloat = 120.0
+    max_rebuilds: PositiveInt = 3
+    rebuild_wait_s: NonNegativeFloat = 30.0
 
     @field_validator("model", "bank")
     @classmethod
@@ -37,6 +51,11 @@ class ServiceConfig(EngineConfig):
     def around(cls, engine: EngineConfig) -> ServiceConfig:
         """A service with default limits around an engine; a service's own configuration stays as it is."""
         return engine if isinstance(engine, cls) else cls.model_validate(engine.model_dump())
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """How closely the ranks are watched."""
+        return Heartbeat(self.heartbeat_s, self.heartbeat_timeout_s, self.stall_timeout_s)
 
     @property
     def rank(self) -> Resources:

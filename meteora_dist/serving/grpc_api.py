@@ -149,7 +149,7 @@ def _status(context: GrpcContext) -> Iterator[None]:
         if failure.status is INTERNAL:
             logger.error("a call failed", exc_info=error)
         context.set_code(failure.status.grpc)
-        context.set_details(failure.message[:_MAX_DETAILS])
+        context.set_details(failure.details()[:_MAX_DETAILS])
         raise CallFailed(failure.message) from None
 
 

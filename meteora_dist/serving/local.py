@@ -13,6 +13,7 @@ from io import StringIO
 
 import httpx
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
 from meteora_cluster.local import local_ray
@@ -20,7 +21,7 @@ from meteora_dist.engine.config import EngineConfig
 from meteora_dist.errors import EngineUnavailable, InvalidRequest
 from meteora_dist.serving.app import DEPLOYMENT, application
 from meteora_dist.serving.config import ServiceConfig
-from meteora_dist.serving.server import open_model
+from meteora_dist.serving.server import Server, open_model
 
 SERVICER = "meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
 
@@ -46,7 +47,11 @@ class Endpoints:
 
 @contextlib.contextmanager
 def running_service(
-    config: EngineConfig, http_port: int = 8000, grpc_port: int = 9000, host: str = "127.0.0.1"
+    config: EngineConfig,
+    http_port: int = 8000,
+    grpc_port: int = 9000,
+    host: str = "127.0.0.1",
+    server: type[Server] = Server,
 ) -> Iterator[Endpoints]:
     """Starts a Ray of its own and the service on it, and ends both, with every process, when the block ends.
 
@@ -55,6 +60,7 @@ def running_service(
         http_port: Where HTTP answers.
         grpc_port: Where gRPC answers.
         host: Where HTTP listens; gRPC always listens on every interface.
+        server: The class of the replica.
 
     Yields:
         Where it answers, once ``/healthz`` says that the engine is ready.
@@ -74,14 +80,14 @@ def running_service(
     cpus = service.replica_cpus + service.rank_cpus * service.mesh.size
     with local_ray(cpus=cpus, gpus=int(gpus)), _quiet_serve_log():
         try:
-            yield _deploy(service, http_port, grpc_port, host)
+            yield _deploy(application(service, server), http_port, grpc_port, host)
         finally:
             # Ray prints the end of Serve's controller as if it were a fault.
             with contextlib.redirect_stdout(StringIO()):
                 serve.shutdown()
 
 
-def _deploy(service: ServiceConfig, http_port: int, grpc_port: int, host: str) -> Endpoints:
+def _deploy(app: Application, http_port: int, grpc_port: int, host: str) -> Endpoints:
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=host, port=http_port, request_timeout_s=_REQUEST_TIMEOUT_S),
@@ -93,7 +99,7 @@ def _deploy(service: ServiceConfig, http_port: int, grpc_port: int, host: str) -
         ),
     )
     try:
-        serve.run(application(service), name=_APP, route_prefix="/")
+        serve.run(app, name=_APP, route_prefix="/")
     except RuntimeError as error:
         raise EngineUnavailable(f"the service did not start: {_why(error)}") from None
     endpoints = Endpoints(f"http://{host}:{http_port}", f"{host}:{grpc_port}")

@@ -15,8 +15,6 @@ from meteora_dist.errors import EngineUnavailable
 if TYPE_CHECKING:
     from meteora_dist.engine.rank import RankEngine
 
-_CHECK_EVERY_S = 0.2
-
 
 class RankActor(Member):
     """Runs one :class:`~meteora_dist.engine.rank.RankEngine` for a replica in another process."""
@@ -37,9 +35,13 @@ class RankActor(Member):
 
     async def watch(self) -> None:
         """Runs for as long as the generation loop does; raises EngineUnavailable when it has died."""
-        while True:
-            self._running().check()
-            await asyncio.sleep(_CHECK_EVERY_S)
+        engine = self._running()
+        await asyncio.to_thread(engine.wait)
+        engine.check()
+
+    async def beat(self) -> float | None:
+        """Seconds since the generation loop began its latest step; None while it sleeps for want of work."""
+        return self._running().stalled_s()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yields the request's tokens; cancelling the call frees what it holds on this rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import ClassVar
 
 from fastapi import FastAPI
 from ray.util import get_current_placement_group
@@ -13,13 +14,20 @@ from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.grpc_api import GrpcMethods
 from meteora_dist.serving.http_api import create_api
+from meteora_dist.serving.ranks import RankActor
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.world import World
 
 
 class Server(GrpcMethods):
-    """The class behind the Serve deployment; plain, so that it runs without Serve as well."""
+    """The class behind the Serve deployment; plain, so that it runs without Serve as well.
+
+    Attributes:
+        member: The class of its ranks.
+    """
+
+    member: ClassVar[type[RankActor]] = RankActor
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
         """Reads bank and tokenizer, starts the ranks, and returns when every one is ready.
@@ -32,7 +40,7 @@ class Server(GrpcMethods):
             ClusterError: The ranks could not be placed or did not start.
         """
         bank, tokenizer = await asyncio.to_thread(open_model, config)
-        self._world = await World.launch(config, get_current_placement_group())
+        self._world = await World.launch(config, get_current_placement_group(), self.member)
         self.service = TextService(
             self._world, tokenizer, Catalog(bank.manifest), config.max_model_len, config.max_live_requests
         )
@@ -42,7 +50,7 @@ class Server(GrpcMethods):
         return create_api(self.service)
 
     async def check_health(self) -> None:
-        """Raises when a rank is lost, with the cause: Serve then replaces this replica."""
+        """Raises when lost ranks could not be rebuilt, with the cause: Serve then replaces this replica."""
         if self._world.failure is not None:
             raise EngineUnavailable(self._world.failure)
 

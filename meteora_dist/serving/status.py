@@ -58,6 +58,11 @@ class Failure:
         }
         return {"error": error}
 
+    def details(self) -> str:
+        """The message of a gRPC status. When to try again is part of it: Serve's proxy passes on no trailers here."""
+        after = self.status.retry_after_s
+        return self.message if after is None else f"{self.message} (retry after {after} s)"
+
     def headers(self) -> dict[str, str]:
         """HTTP headers that go with it."""
         after = self.status.retry_after_s

@@ -1,136 +1,161 @@
-"""The ranks as their replica sees them: one engine that is there, or is not."""
+"""The engine as its replica sees it: ranks that may be lost, and requests that are not."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Literal
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
-from meteora_cluster.group import ActorGroup
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
-from meteora_dist.errors import EngineUnavailable, MeteoraError
+from meteora_dist.errors import EngineUnavailable
 from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.crew import Blueprint, Crew, RankLost
 from meteora_dist.serving.ranks import RankActor
 
 logger = logging.getLogger(__name__)
 
-_SPARE_CALLS = 16
-"""Calls a rank serves beside requests: starting, watching."""
-_CAUSE_S = 5.0
+State = Literal["serving", "rebuilding", "failed"]
 
 
 class World:
-    """All ranks of one engine. A request runs on the rank with the fewest live ones.
+    """A crew of ranks, and another one in its place when it is lost.
 
-    The ranks step together, so one that dies takes the world with it: every live request then ends with
-    EngineUnavailable, and so does every later one.
+    It keeps what each live request has produced: after a rebuild they all go on from there, with the very tokens they
+    would have had. When rebuilds bring no token back, the world fails for good.
 
     Attributes:
-        failure: What ended the world, for the operator; None while it lives.
+        blueprint: What the next crew is launched from; whoever changes for good what the ranks hold, replaces it.
+        failure: Why the world has failed, for the operator; None while it serves or is being rebuilt.
     """
 
-    def __init__(self, group: ActorGroup) -> None:
-        self._group = group
-        self._actors = group.actors
-        self._live = [0] * len(group.actors)
+    def __init__(self, crew: Crew, blueprint: Blueprint) -> None:
+        self.blueprint = blueprint
         self.failure: str | None = None
-        self._watch = asyncio.ensure_future(self._watch_ranks())
+        self._crew: asyncio.Future[Crew] = asyncio.get_running_loop().create_future()
+        self._crew.set_result(crew)
+        self._keeper = asyncio.ensure_future(self._keep(crew))
 
     @classmethod
-    async def launch(cls, config: ServiceConfig, placement: PlacementGroup | None = None) -> World:
-        """Starts the ranks, and returns once each has produced a token.
+    async def launch(
+        cls, config: ServiceConfig, placement: PlacementGroup | None = None, member: type[RankActor] = RankActor
+    ) -> World:
+        """Starts the ranks, and returns once all are ready.
 
         Args:
             config: The service's configuration.
             placement: Where they live, beside the calling process in bundle 0; None makes a placement of their own.
+            member: The class of the ranks.
 
         Raises:
             ClusterError: No room, or a rank failed to start; the message carries the rank's own words.
-            EngineUnavailable: A rank started, but cannot generate.
+            EngineUnavailable: The ranks started, but cannot generate.
         """
-        group = await ActorGroup.launch(
-            RankActor,
-            [(config, rank) for rank in range(config.mesh.size)],
-            config.rank,
-            placement=placement,
-            driver=None if placement is None else config.replica,
-            timeout_s=config.start_timeout_s,
-            max_concurrency=config.max_live_requests + _SPARE_CALLS,
-        )
-        world = cls(group)
-        await world._warm_up()
-        return world
+        blueprint = Blueprint(config, placement, member)
+        return cls(await Crew.launch(blueprint), blueprint)
+
+    @property
+    def state(self) -> State:
+        """Whether requests are answered, wait for new ranks, or are refused."""
+        if self.failure is not None:
+            return "failed"
+        return "serving" if self._crew.done() else "rebuilding"
 
     def check(self) -> None:
-        """Raises EngineUnavailable when a rank has been lost."""
-        if self.failure is not None:
-            raise EngineUnavailable("the engine has lost a rank and is being restarted: try again soon")
+        """Raises EngineUnavailable unless requests are answered right now."""
+        if self.state == "failed":
+            raise EngineUnavailable("the engine could not be rebuilt, and is being replaced: try again soon")
+        if self.state == "rebuilding":
+            raise EngineUnavailable("the engine has lost a rank, and is being rebuilt: try again soon")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Yields the request's tokens as its rank produces them; closing the generator cancels it there.
+        """Yields the request's tokens, across rebuilds; closing the generator cancels it.
 
         Raises:
-            EngineUnavailable: A rank has died, before or while the request ran.
+            InvalidRequest: The engine refuses the request.
+            EngineUnavailable: The world has failed; or it is being rebuilt, and was not back within ``rebuild_wait_s``
+                for a new request; or it was lost again and again without producing a token of this request.
         """
-        self.check()
-        async with aclosing(self._generate_on(self._live.index(min(self._live)), request)) as events:
-            async for event in events:
-                yield event
+        tokens: list[int] = []
+        losses = 0
+        wait_s: float | None = self.blueprint.config.rebuild_wait_s
+        while losses <= self.blueprint.config.max_rebuilds:
+            crew = await self._serving(wait_s)
+            try:
+                async with aclosing(crew.generate(request.after(tokens))) as events:
+                    async for event in events:
+                        tokens.append(event.token_id)
+                        losses = 0
+                        yield event
+                return
+            except RankLost:
+                # Whoever notices first opens the rebuild, so that nobody asks this crew again.
+                self._leave(crew)
+                losses, wait_s = losses + 1, None
+        raise EngineUnavailable(f"the engine was lost {losses} times while it worked on this request: try again later")
 
     def stop(self) -> None:
-        """Ends every rank; live requests end with EngineUnavailable."""
-        self.failure = self.failure or "it was stopped"
-        self._watch.cancel()
-        self._group.stop()
+        """Ends every rank; live requests end with EngineUnavailable. Does nothing the second time."""
+        self._keeper.cancel()
+        if self.state == "serving":
+            self._crew.result().stop()
+        self._fail("it was stopped")
 
-    async def _generate_on(self, rank: int, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        self._live[rank] += 1
-        stream: Any = self._actors[rank].generate.remote(request)
-        finished = False
+    async def _serving(self, wait_s: float | None) -> Crew:
+        """The crew that serves; while there is none, the next one, unless that takes longer than ``wait_s``."""
+        if self.state == "failed":
+            self.check()
         try:
-            async for ref in stream:
-                event: TokenEvent = await ref
-                finished = event.finish_reason is not None
-                yield event
-        except RayActorError:
-            finished = True
-            raise EngineUnavailable("the engine lost a rank while it answered: try again soon") from None
-        except RayTaskError as error:
-            finished = True
-            raise _own(error) from None
-        finally:
-            self._live[rank] -= 1
-            if not finished:
-                ray.cancel(stream)
+            return await asyncio.wait_for(asyncio.shield(self._crew), wait_s)
+        except TimeoutError:
+            raise EngineUnavailable(
+                f"the engine is being rebuilt, and was not back within {wait_s:g} s: try again soon"
+            ) from None
 
-    async def _warm_up(self) -> None:
-        try:
-            await asyncio.gather(*(self._first_token(rank) for rank in range(len(self._actors))))
-        except EngineUnavailable as error:
-            # The watch is about to learn the cause.
-            await asyncio.wait([self._watch], timeout=_CAUSE_S)
-            why = self.failure or str(error)
-            self.stop()
-            raise EngineUnavailable(f"the ranks started, but cannot generate: {why}") from None
+    async def _keep(self, crew: Crew) -> None:
+        """Replaces lost crews for as long as that helps."""
+        fruitless = 0
+        while True:
+            cause = await crew.end()
+            lost = time.monotonic()
+            self._leave(crew)
+            crew.stop()
+            fruitless = 0 if crew.produced else fruitless
+            logger.error("the ranks are lost, and are started again: %s", cause)
+            try:
+                crew, fruitless = await self._rebuilt(fruitless)
+            except EngineUnavailable as error:
+                logger.error("the world has failed: %s", error)
+                self._fail(str(error))
+                return
+            logger.warning("the ranks are back after %.1f s", time.monotonic() - lost)
+            self._crew.set_result(crew)
 
-    async def _first_token(self, rank: int) -> None:
-        async for _ in self._generate_on(rank, GenerationRequest(f"warm-up-{rank}", (0,), max_tokens=1)):
-            pass
+    async def _rebuilt(self, fruitless: int) -> tuple[Crew, int]:
+        """A new crew, and how many there were in a row without a token of a request, itself included."""
+        limit = self.blueprint.config.max_rebuilds
+        cause = "each was lost before it produced a token"
+        while fruitless < limit:
+            fruitless += 1
+            try:
+                return await Crew.launch(self.blueprint), fruitless
+            except Exception as error:
+                cause = str(error)
+                logger.exception("rebuild %d of %d failed", fruitless, limit)
+        raise EngineUnavailable(f"{limit} rebuilds in a row have failed: {cause}")
 
-    async def _watch_ranks(self) -> None:
-        failed = await self._group.watch()
-        self.failure = str(failed)
-        logger.error("the world is gone: %s", failed)
-        # The others wait for the lost rank in their next exchange; ending them ends their requests at once.
-        self._group.stop()
+    def _leave(self, crew: Crew) -> None:
+        """From now on requests wait for the next crew."""
+        if self.state == "serving" and self._crew.result() is crew:
+            self._crew = asyncio.get_running_loop().create_future()
 
-
-def _own(error: RayTaskError) -> Exception:
-    cause = error.cause
-    return cause if isinstance(cause, MeteoraError) else RuntimeError(f"a rank failed to answer: {cause!r}")
+    def _fail(self, failure: str) -> None:
+        self.failure = self.failure or failure
+        if not self._crew.done():
+            self._crew.set_exception(EngineUnavailable("the engine could not be rebuilt: try again soon"))
+            # Read once here: there may be nobody who waits for it.
+            self._crew.exception()

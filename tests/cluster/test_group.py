@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from importlib import import_module
+from typing import Any
 
 import pytest
 import ray
@@ -12,12 +14,15 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 
 from meteora_cluster.errors import PlacementError, RankFailed, RankTimeout
 from meteora_cluster.group import ActorGroup
+from meteora_cluster.heartbeat import Heartbeat
 from meteora_cluster.member import RAY_WORKER_PORTS, Member, free_port
 from meteora_cluster.placement import Resources, world_bundles
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]
 
+psutil: Any = import_module("psutil")
 HALF = Resources(cpus=0.5)
+CLOSELY = Heartbeat(every_s=0.2, answer_s=2, stall_s=5)
 
 
 class Walker(Member):
@@ -38,6 +43,9 @@ class Walker(Member):
     async def watch(self) -> None:
         await asyncio.sleep(0.2 if self.plan == "give up" else 3600)
         raise RuntimeError("the loop ended")
+
+    async def beat(self) -> float | None:
+        return 7.0 if self.plan == "dawdle" else None
 
     async def about(self) -> tuple[int, str, int]:
         return self.rank, self.meeting, os.getpid()
@@ -87,7 +95,7 @@ async def test_no_room_is_said_with_both_numbers() -> None:
 async def test_a_killed_process_is_noticed_at_once() -> None:
     group = await ActorGroup.launch(Walker, [(0,), (1,)], HALF, timeout_s=60)
     try:
-        watch = asyncio.ensure_future(group.watch())
+        watch = asyncio.ensure_future(group.watch(CLOSELY))
         _, _, pid = await group.actors[1].about.remote()
         os.kill(pid, signal.SIGKILL)
         failed = await asyncio.wait_for(watch, timeout=5)
@@ -97,9 +105,33 @@ async def test_a_killed_process_is_noticed_at_once() -> None:
     await _nothing_left()
 
 
+async def test_a_stopped_process_is_noticed_in_time_and_ended_at_once() -> None:
+    group = await ActorGroup.launch(Walker, [(0,), (1,)], HALF, timeout_s=60)
+    try:
+        watch = asyncio.ensure_future(group.watch(CLOSELY))
+        _, _, pid = await group.actors[1].about.remote()
+        os.kill(pid, signal.SIGSTOP)
+        failed = await asyncio.wait_for(watch, timeout=5)
+        assert failed.reasons == {1: "it did not answer within 2 s"}
+    finally:
+        group.stop()
+    # Ray alone takes five seconds.
+    async with asyncio.timeout(3):
+        while psutil.pid_exists(pid):
+            await asyncio.sleep(0.05)
+    await _nothing_left()
+
+
+async def test_a_rank_without_progress_is_noticed() -> None:
+    group = await ActorGroup.launch(Walker, [(0,), (1, "dawdle")], HALF, timeout_s=60)
+    failed = await asyncio.wait_for(group.watch(CLOSELY), timeout=5)
+    group.stop()
+    assert failed.reasons == {1: "it has work, but made no progress for 7 s"}
+
+
 async def test_a_rank_that_gives_up_is_noticed_with_its_message() -> None:
     group = await ActorGroup.launch(Walker, [(0,), (1, "give up")], HALF, timeout_s=60)
-    failed = await asyncio.wait_for(group.watch(), timeout=5)
+    failed = await asyncio.wait_for(group.watch(CLOSELY), timeout=5)
     group.stop()
     assert failed.reasons == {1: "RuntimeError: the loop ended"}
 

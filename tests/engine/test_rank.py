@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from meteora_cluster.member import free_port
 from meteora_dist.bank import Bank
@@ -122,6 +123,22 @@ async def test_seeded_sampling_ignores_the_company(engine: RankEngine) -> None:
     assert tokens(await collect(engine, other)) != alone
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5, top_p=0.95, seed=42)])
+async def test_what_is_left_of_a_request_produces_what_was_left(engine: RankEngine, sampling: Sampling) -> None:
+    # Prompts of 17 and 27 tokens: with 32 a pass, the rest of the second is prefilled in two parts.
+    for request in (REQUESTS[0], REQUESTS[5]):
+        whole = replace(request, sampling=sampling, max_tokens=14, ignore_eos=True)
+        events = await collect(engine, whole)
+        for produced in (1, 2, 9, 13):
+            left = whole.after(tokens(events[:produced]))
+            assert len(left.prompt_ids) + left.max_tokens == len(whole.prompt_ids) + 14
+            resumed = await collect(engine, left)
+            assert tokens(resumed) == tokens(events[produced:])
+            assert resumed[-1].finish_reason == "length"
+            for event, expected in zip(resumed, events[produced:], strict=True):
+                assert event.shares == pytest.approx(expected.shares, abs=1e-5)
+
+
 async def test_closing_the_iterator_frees_the_cache(engine: RankEngine) -> None:
     processor = engine._manager.batch_processor
     assert processor is not None
@@ -177,6 +194,22 @@ async def test_a_failing_pass_reaches_every_caller(tiny_base: Path, tiny_bank: B
             engine.check()
     finally:
         engine.stop()
+
+
+@pytest.mark.parametrize(("max_tokens", "reasons"), [(2, [None, "length"]), (3, [None, None])])
+async def test_a_loop_that_fails_after_a_requests_last_token_has_not_failed_it(
+    engine: RankEngine, monkeypatch: pytest.MonkeyPatch, max_tokens: int, reasons: list[str | None]
+) -> None:
+    def fail(request: GenerationRequest, eos: int | list[int]) -> None:
+        failed = GenerationOutput(request.request_id, generated_tokens=[5, 6], error="x", status=RequestStatus.FAILED)
+        engine._deliver(failed, None)
+
+    monkeypatch.setattr(engine._manager, "submit", fail)
+    events = engine.generate(replace(REQUESTS[0], max_tokens=max_tokens))
+    assert [(await anext(events)).finish_reason for _ in reasons] == reasons
+    if reasons[-1] is None:
+        with pytest.raises(EngineUnavailable, match="interrupted: x"):
+            await anext(events)
 
 
 @pytest.mark.parametrize(

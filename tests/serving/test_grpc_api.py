@@ -132,6 +132,7 @@ async def test_an_engine_that_dies_in_a_stream_is_unavailable(
     with pytest.raises(CallFailed):
         await anext(stream)
     assert ("".join(got), context.code) == ("half", grpc.StatusCode.UNAVAILABLE)
+    assert context.details == "restarting (retry after 5 s)"
 
 
 async def test_a_fault_of_ours_tells_no_detail(make_service: MakeService) -> None:

@@ -1,53 +1,33 @@
-"""The world over real Ray actors that stand in for ranks: where requests go, and how they end."""
+"""The world over real Ray actors that stand in for ranks: where requests go, how they end, and how they survive."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytest_asyncio
 
-from meteora_cluster.group import ActorGroup
 from meteora_cluster.local import local_ray
-from meteora_cluster.member import Member
-from meteora_cluster.placement import Resources
-from meteora_dist.engine.request import GenerationRequest, TokenEvent
+from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest
+from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.world import World
+from tests.serving.counting import POISON, CountingRank
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="module")]
 
-
-class CountingRank(Member):
-    """Produces its own number until the request's limit, as slowly as the request's seed says, in milliseconds."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self.live: set[str] = set()
-
-    async def start(self, rendezvous: str) -> None:
-        pass
-
-    async def watch(self) -> None:
-        await asyncio.sleep(3600)
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        self.live.add(request.request_id)
-        try:
-            if request.prompt_ids == (0,):
-                raise InvalidRequest("no zeros", "prompt")
-            for left in reversed(range(request.max_tokens)):
-                await asyncio.sleep(request.sampling.seed / 1000)
-                yield TokenEvent(self.rank, None if left else "length")
-        finally:
-            self.live.remove(request.request_id)
-
-    async def about(self) -> tuple[int, set[str]]:
-        return os.getpid(), self.live
+TOKENS = 60
+"""Of a long answer; at 50 ms each it is under way when something happens."""
+PATIENCE_S = 120
+"""For new ranks on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -56,65 +36,183 @@ def own_ray(ray_home: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-async def group(own_ray: None) -> ActorGroup:
-    return await ActorGroup.launch(CountingRank, [(0,), (1,)], Resources(cpus=0.5), timeout_s=60)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ranks find how to start."""
+    return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.fixture
-async def world(group: ActorGroup) -> AsyncIterator[World]:
-    world = World(group)
+async def launch(folder: Path) -> World:
+    config = ServiceConfig(
+        model=folder,
+        bank=folder,
+        ep=2,
+        rank_cpus=0.5,
+        start_timeout_s=60,
+        heartbeat_s=0.2,
+        heartbeat_timeout_s=2,
+        stall_timeout_s=5,
+        max_rebuilds=2,
+        rebuild_wait_s=PATIENCE_S,
+    )
+    return await World.launch(config, member=CountingRank)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(own_ray: None, folder: Path) -> AsyncIterator[World]:
+    """One for all tests that it survives."""
+    world = await launch(folder)
     yield world
     world.stop()
 
 
-def request(name: str, tokens: int, milliseconds: int = 0, prompt: int = 1) -> GenerationRequest:
-    plain = GenerationRequest(name, (prompt,), tokens)
-    sampling = type(plain.sampling)(seed=milliseconds)
-    return GenerationRequest(name, (prompt,), tokens, sampling)
+@pytest_asyncio.fixture(loop_scope="module")
+async def short_lived(own_ray: None, tmp_path: Path) -> AsyncIterator[World]:
+    world = await launch(tmp_path)
+    yield world
+    world.stop()
+
+
+def request(name: str, tokens: int = TOKENS, milliseconds: int = 50, prompt: int = 1) -> GenerationRequest:
+    return GenerationRequest(name, (prompt,), tokens, Sampling(seed=milliseconds))
+
+
+def actors(world: World) -> Any:
+    return world._crew.result()._actors
+
+
+async def kill(world: World) -> None:
+    os.kill((await actors(world)[1].about.remote())[0], signal.SIGKILL)
+
+
+async def stop(world: World) -> None:
+    os.kill((await actors(world)[1].about.remote())[0], signal.SIGSTOP)
+
+
+async def fail(world: World) -> None:
+    await actors(world)[1].fail.remote()
+
+
+async def stall(world: World) -> None:
+    await actors(world)[1].stall.remote(6.0)
+
+
+async def rest(stream: AsyncGenerator[TokenEvent, None]) -> list[int]:
+    return [event.token_id async for event in stream]
+
+
+async def rank_of(stream: AsyncGenerator[TokenEvent, None]) -> int:
+    shares = (await anext(stream)).shares
+    assert shares is not None
+    return int(shares[0])
+
+
+async def until(state: str, world: World) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while world.state != state:
+            await asyncio.sleep(0.01)
 
 
 async def test_requests_go_to_the_rank_with_the_fewest(world: World) -> None:
-    slow = world.generate(request("slow", 100, 50))
-    assert (await anext(slow)).token_id == 0
-    assert [event.token_id async for event in world.generate(request("a", 2))] == [1, 1]
-    assert [event.token_id async for event in world.generate(request("b", 1))] == [1]
+    slow = world.generate(request("slow"))
+    assert await rank_of(slow) == 0
+    assert [await rank_of(world.generate(request(name, 1, 0))) for name in "ab"] == [1, 1]
     await slow.aclose()
-    assert [event.token_id async for event in world.generate(request("c", 1))] == [0]
+    assert await rank_of(world.generate(request("c", 1, 0))) == 0
 
 
-async def test_closing_cancels_on_the_rank(world: World, group: ActorGroup) -> None:
-    async with aclosing(world.generate(request("gone", 1000, 50))) as events:
+async def test_closing_cancels_on_the_rank(world: World) -> None:
+    async with aclosing(world.generate(request("gone"))) as events:
         await anext(events)
-        assert (await group.actors[0].about.remote())[1] == {"gone"}
-    for _ in range(50):
-        if not (await group.actors[0].about.remote())[1]:
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError("the rank still works on a request nobody waits for")
+        assert (await actors(world)[0].about.remote())[1] == {"gone"}
+    async with asyncio.timeout(5):
+        while (await actors(world)[0].about.remote())[1]:
+            await asyncio.sleep(0.1)
 
 
 async def test_errors_of_the_rank_arrive_as_they_are(world: World) -> None:
-    with pytest.raises(InvalidRequest, match="no zeros") as caught:
-        await anext(world.generate(request("bad", 1, prompt=0)))
+    with pytest.raises(InvalidRequest, match="no fourteens") as caught:
+        await anext(world.generate(request("bad", prompt=POISON + 1)))
     assert caught.value.param == "prompt"
+    assert world.state == "serving"
 
 
-async def test_a_lost_rank_ends_every_request_and_all_later_ones(world: World, group: ActorGroup) -> None:
-    world.check()
-    streams = [world.generate(request(name, 1000, 50)) for name in ("on rank 0", "on rank 1")]
-    for stream in streams:
-        await anext(stream)
-    pid, _ = await group.actors[1].about.remote()
-    os.kill(pid, signal.SIGKILL)
-    ends = await asyncio.wait_for(asyncio.gather(*map(_drain, streams), return_exceptions=True), timeout=10)
-    assert [type(end) for end in ends] == [EngineUnavailable, EngineUnavailable]
-    with pytest.raises(EngineUnavailable, match="lost a rank"):
+@pytest.mark.parametrize("harm", [kill, stop, fail, stall])
+async def test_requests_outlive_a_rank(world: World, harm: Callable[[World], Awaitable[None]]) -> None:
+    before = actors(world)
+    streams = [world.generate(request(name)) for name in ("on rank 0", "on rank 1")]
+    firsts = [(await anext(stream)).token_id for stream in streams]
+    rests = [asyncio.ensure_future(rest(stream)) for stream in streams]
+    await harm(world)
+    harmed = time.monotonic()
+    await until("rebuilding", world)
+    # At once, or within heartbeat_s + heartbeat_timeout_s; a second for a busy machine.
+    assert time.monotonic() - harmed < (3.5 if harm is stop else 1.5)
+    with pytest.raises(EngineUnavailable, match="is being rebuilt"):
         world.check()
-    with pytest.raises(EngineUnavailable, match="lost a rank"):
-        await anext(world.generate(request("late", 1)))
+    for first, tokens in zip(firsts, await asyncio.wait_for(asyncio.gather(*rests), PATIENCE_S), strict=True):
+        assert [first, *tokens] == list(range(1, 1 + TOKENS))
+    assert world.state == "serving"
+    assert not set(before) & set(actors(world))
 
 
-async def _drain(stream: AsyncGenerator[TokenEvent, None]) -> None:
-    async for _ in stream:
-        pass
+async def test_new_requests_wait_for_a_rebuild_but_not_for_long(world: World, folder: Path) -> None:
+    (folder / "slow").touch()
+    live = asyncio.ensure_future(rest(world.generate(request("live", 10))))
+    await kill(world)
+    await until("rebuilding", world)
+    usual = world.blueprint
+    world.blueprint = replace(usual, config=usual.config.model_copy(update={"rebuild_wait_s": 0.5}))
+    with pytest.raises(EngineUnavailable, match=r"not back within 0.5 s: try again"):
+        await anext(world.generate(request("impatient", 1)))
+    world.blueprint = usual
+    waiting = asyncio.ensure_future(rest(world.generate(request("patient", 2))))
+    (folder / "slow").unlink()
+    assert await asyncio.wait_for(waiting, PATIENCE_S) == [1, 2]
+    assert await live == list(range(1, 11))
+
+
+async def test_a_request_that_is_closed_meanwhile_is_not_resumed(world: World) -> None:
+    async with aclosing(world.generate(request("closed"))) as events:
+        await anext(events)
+        await kill(world)
+        waiting = asyncio.ensure_future(rest(events))
+        await until("rebuilding", world)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    await until("serving", world)
+    assert [(await actor.about.remote())[1] for actor in actors(world)] == [set(), set()]
+
+
+async def test_a_request_that_kills_every_crew_is_given_up_and_the_others_live(world: World) -> None:
+    steady = world.generate(request("steady", 200))
+    assert (await anext(steady)).token_id == 1
+    tokens = asyncio.ensure_future(rest(steady))
+    with pytest.raises(EngineUnavailable, match="was lost 3 times while it worked on this request"):
+        await asyncio.wait_for(rest(world.generate(request("poison", prompt=POISON))), PATIENCE_S)
+    assert await tokens == list(range(2, 201))
+
+
+async def test_a_world_that_cannot_be_rebuilt_fails_with_the_cause(short_lived: World, tmp_path: Path) -> None:
+    world = short_lived
+    (tmp_path / "broken").touch()
+    stream = world.generate(request("live"))
+    await anext(stream)
+    await kill(world)
+    with pytest.raises(EngineUnavailable, match="could not be rebuilt"):
+        await asyncio.wait_for(rest(stream), PATIENCE_S)
+    assert world.state == "failed"
+    assert "2 rebuilds in a row have failed: starting the ranks: rank 0: ValueError: no weights" in str(world.failure)
+    for use in (world.check, lambda: anext(world.generate(request("late")))):
+        with pytest.raises(EngineUnavailable, match="is being replaced"):
+            await use()
+
+
+async def test_a_stopped_world_ends_its_requests(short_lived: World) -> None:
+    world = short_lived
+    stream = world.generate(request("live"))
+    await anext(stream)
+    world.stop()
+    world.stop()
+    with pytest.raises(EngineUnavailable):
+        await asyncio.wait_for(rest(stream), 10)

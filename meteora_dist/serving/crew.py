@@ -1,0 +1,162 @@
+"""One life of the ranks: from their launch to the first loss, or to a stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+
+from meteora_cluster.group import ActorGroup
+from meteora_dist.engine.request import GenerationRequest, TokenEvent
+from meteora_dist.errors import EngineUnavailable, MeteoraError
+from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.ranks import RankActor
+
+_SPARE_CALLS = 16
+"""Calls a rank serves beside requests: starting, watching, answering questions."""
+_LAST_WORDS_S = 0.2
+"""How long other ranks may still speak after the first: a death is often noticed by a neighbour first."""
+
+
+class RankLost(Exception):
+    """The crew has lost a rank, and with it the rest of this answer; never leaves ``World``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What a crew is launched from.
+
+    Attributes:
+        config: The service's configuration.
+        placement: Where the ranks live, beside the calling process in bundle 0; None makes a placement of their own.
+        member: The class of the ranks.
+    """
+
+    config: ServiceConfig
+    placement: PlacementGroup | None = None
+    member: type[RankActor] = RankActor
+
+
+class Crew:
+    """All ranks of one engine. They step together, so one that is lost takes the others with it.
+
+    A request runs on the group of ranks with the fewest live ones.
+
+    Attributes:
+        produced: Tokens of requests so far.
+    """
+
+    def __init__(self, group: ActorGroup, blueprint: Blueprint) -> None:
+        mesh = blueprint.config.mesh
+        self.produced = 0
+        self._group = group
+        # Only the first rank of a tensor-parallel group takes requests; the others follow it.
+        self._drivers = [rank for rank in range(mesh.size) if mesh.tp_rank(rank) == 0]
+        self._actors = group.actors
+        self._live = dict.fromkeys(self._drivers, 0)
+        self._causes: dict[int, str] = {}
+        self._lost = asyncio.Event()
+        self._watch = asyncio.ensure_future(self._watch_ranks(blueprint.config))
+
+    @classmethod
+    async def launch(cls, blueprint: Blueprint) -> Crew:
+        """Starts the ranks, and returns once each group of them has produced a token.
+
+        Raises:
+            ClusterError: No room, or a rank failed to start; the message carries the rank's own words.
+            EngineUnavailable: The ranks started, but cannot generate.
+        """
+        config, placement = blueprint.config, blueprint.placement
+        group = await ActorGroup.launch(
+            blueprint.member,
+            [(config, rank) for rank in range(config.mesh.size)],
+            config.rank,
+            placement=placement,
+            driver=None if placement is None else config.replica,
+            timeout_s=config.start_timeout_s,
+            max_concurrency=config.max_live_requests + _SPARE_CALLS,
+        )
+        crew = cls(group, blueprint)
+        try:
+            await crew._warm_up(config.start_timeout_s)
+        except BaseException:
+            crew.stop()
+            raise
+        crew.produced = 0
+        return crew
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Yields the request's tokens as they are produced; closing the generator cancels the request.
+
+        Raises:
+            RankLost: A rank was lost, before or while the request ran.
+            InvalidRequest: The engine refuses the request.
+        """
+        driver = min(self._live, key=self._live.__getitem__)
+        self._live[driver] += 1
+        stream: Any = self._actors[driver].generate.remote(request)
+        over = False
+        try:
+            async for ref in stream:
+                event: TokenEvent = await ref
+                over = event.finish_reason is not None
+                self.produced += 1
+                yield event
+            if not over:
+                raise self._lose({driver: "it ended an answer before its last token"})
+        except RayTaskError as error:
+            over = True
+            raise self._own(driver, error) from None
+        except RayError:
+            over = True
+            raise self._lose({driver: "its process ended"}) from None
+        finally:
+            self._live[driver] -= 1
+            if not over:
+                ray.cancel(stream)
+
+    async def end(self) -> str:
+        """Waits until a rank is lost, and returns why, in the ranks' own words."""
+        await self._lost.wait()
+        await asyncio.wait([self._watch], timeout=_LAST_WORDS_S)
+        return "; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(self._causes.items()))
+
+    def stop(self) -> None:
+        """Ends every rank; live requests end with RankLost. Does nothing the second time."""
+        self._watch.cancel()
+        self._lose({})
+        self._group.stop()
+
+    async def _warm_up(self, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(asyncio.gather(*map(self._first_token, self._drivers)), timeout_s)
+        except TimeoutError:
+            raise EngineUnavailable(f"the ranks started, but produced no token within {timeout_s:.0f} s") from None
+        except RankLost:
+            raise EngineUnavailable(f"the ranks started, but cannot generate: {await self.end()}") from None
+
+    async def _first_token(self, driver: int) -> None:
+        # The one with the fewest requests is next, so that each gets one.
+        async for _ in self.generate(GenerationRequest(f"warm-up-{driver}", (0,), max_tokens=1)):
+            pass
+
+    async def _watch_ranks(self, config: ServiceConfig) -> None:
+        failed = await self._group.watch(config.heartbeat)
+        self._lose(failed.reasons)
+
+    def _own(self, driver: int, error: RayTaskError) -> Exception:
+        """What a rank's error means here; one that cannot go on with a request is as good as lost."""
+        cause = error.cause
+        if isinstance(cause, EngineUnavailable):
+            return self._lose({driver: str(cause)})
+        return cause if isinstance(cause, MeteoraError) else RuntimeError(f"a rank failed to answer: {cause!r}")
+
+    def _lose(self, causes: dict[int, str]) -> RankLost:
+        self._causes = causes | self._causes
+        self._lost.set()
+        return RankLost()

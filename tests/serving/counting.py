@@ -1,0 +1,65 @@
+"""Ranks for the tests of what surrounds them: real Ray actors that count instead of running a model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+
+from meteora_cluster.member import Member
+from meteora_dist.engine.request import GenerationRequest, TokenEvent
+from meteora_dist.errors import EngineUnavailable, InvalidRequest
+from meteora_dist.serving.config import ServiceConfig
+
+POISON = 13
+
+
+class CountingRank(Member):
+    """Produces the position of each token; ``shares`` has the number of the rank, ``seed`` is milliseconds a token.
+
+    Files in the bank's folder say how it starts: ``slow`` for never ready, ``broken`` for an error.
+    """
+
+    def __init__(self, config: ServiceConfig, rank: int) -> None:
+        self.folder = config.bank
+        self.rank = rank
+        self.live: set[str] = set()
+        self.stalled: float | None = None
+        self.over = asyncio.Event()
+
+    async def start(self, rendezvous: str) -> None:
+        if (self.folder / "broken").exists():
+            raise ValueError("no weights for layer 7")
+        while (self.folder / "slow").exists():
+            await asyncio.sleep(0.1)
+
+    async def watch(self) -> None:
+        await self.over.wait()
+        raise EngineUnavailable("a broken kernel")
+
+    async def beat(self) -> float | None:
+        return self.stalled
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        self.live.add(request.request_id)
+        try:
+            first = len(request.prompt_ids)
+            if request.prompt_ids[0] == POISON:
+                raise EngineUnavailable("a poisoned request")
+            if request.prompt_ids == (POISON + 1,):
+                raise InvalidRequest("no fourteens", "prompt")
+            for position in range(first, first + request.max_tokens):
+                await asyncio.sleep(request.sampling.seed / 1000)
+                last = position == first + request.max_tokens - 1
+                yield TokenEvent(position, "length" if last else None, (float(self.rank),))
+        finally:
+            self.live.remove(request.request_id)
+
+    async def about(self) -> tuple[int, set[str]]:
+        return os.getpid(), self.live
+
+    async def fail(self) -> None:
+        self.over.set()
+
+    async def stall(self, seconds: float) -> None:
+        self.stalled = seconds
