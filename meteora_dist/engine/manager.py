@@ -20,6 +20,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from meteora_dist.engine.lockstep import Lockstep, Vote
 from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.engine.sampling import RequestSampler
+from meteora_dist.engine.zeros import ZerosOnDemand
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.inject import RoutedModel
 from meteora_dist.moe.routing import StepRouting, plan_step, slots_of
@@ -97,6 +98,10 @@ class LockstepManager(ContinuousBatchingManager):
     def deliver(self, output: GenerationOutput) -> None:
         """Passes on an output with the shares of its newest token."""
         self._deliver(output, self._shares.pop(output.request_id, None))
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        with ZerosOnDemand():
+            return super()._create_batch_processor()
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One step, taken by all ranks together; False ends the loop."""
