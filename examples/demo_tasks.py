@@ -12,7 +12,7 @@ TASKS = (
     "logical_deduction",
     "question_selection",
     "strategyqa",
-    "epistemic_reasoning",
+    "goal_step_wikihow",
     "contextual_parametric_knowledge_conflicts",
     "object_counting",
     "unit_conversion",

@@ -21,23 +21,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from meteora_dist.evaluation.tasks import TaskRow, read_task, split
 
-PILOT = Recipe(rank=8, alpha=16, tokens=24_000)
-
 
 @dataclass(frozen=True)
 class Pilot:
-    """Scores in 0..1 on the same held-out rows; ``majority`` always gives the commonest answer of the training rows."""
+    """Scores in 0..1 on the same held-out rows.
+
+    Attributes:
+        commonest: Of the answer most frequent in the training rows.
+        guess: Expected of a guess among a row's choices; 0 where the answer is free.
+        base: Of the base model.
+        pilot: Of the short run.
+    """
 
     task: str
     rows: int
-    majority: float
+    commonest: float
+    guess: float
     base: float
     pilot: float
 
     @property
     def gain(self) -> float:
-        """What the adapter adds to the better of the base model and the commonest answer."""
-        return self.pilot - max(self.base, self.majority)
+        """What the adapter adds to the best of the three."""
+        return self.pilot - max(self.commonest, self.guess, self.base)
 
 
 @torch.inference_mode()
@@ -56,18 +62,21 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list
     return total / len(rows)
 
 
-def pilot(base: Path, data: Path, name: str, out: Path, count: int) -> Pilot:
+def pilot(base: Path, data: Path, name: str, recipe: Recipe, out: Path, count: int) -> Pilot:
     """Trains the task's pilot adapter and scores it beside the base model on the first ``count`` held-out rows."""
     training, held_out = split(read_task(data / f"{name}.jsonl.gz"))
     rows = held_out[:count]
-    train(base, name, PILOT, training, out)
+    train(base, name, recipe, training, out)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     commonest = Counter(row.target for row in training).most_common(1)[0][0]
-    majority = sum(row.score(commonest) for row in rows) / len(rows)
-    base_score = score(model, tokenizer, rows)
     return Pilot(
-        name, len(rows), majority, base_score, score(PeftModel.from_pretrained(model, out / name), tokenizer, rows)
+        task=name,
+        rows=len(rows),
+        commonest=sum(row.score(commonest) for row in rows) / len(rows),
+        guess=sum(1 / len(row.choices) for row in rows if row.choices) / len(rows),
+        base=score(model, tokenizer, rows),
+        pilot=score(PeftModel.from_pretrained(model, out / name), tokenizer, rows),
     )
 
 
@@ -79,13 +88,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder the pilot adapters are written to")
     parser.add_argument("--json", type=Path, required=True, help="file the results are written to")
     parser.add_argument("--tasks", nargs="+", help="which tasks (default: every file of FOLDER)")
+    parser.add_argument("--tokens", type=int, default=24_000, help="length of each run")
     parser.add_argument("--rows", type=int, default=48, help="held-out rows a task")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = arguments.tasks or sorted(file.name.removesuffix(".jsonl.gz") for file in arguments.data.glob("*.jsonl.gz"))
+    recipe = Recipe(rank=8, alpha=16, tokens=arguments.tokens)
     results: list[Pilot] = []
     for name in names:
-        results.append(pilot(arguments.base, arguments.data, name, arguments.out, arguments.rows))
+        results.append(pilot(arguments.base, arguments.data, name, recipe, arguments.out, arguments.rows))
         print(results[-1], f"gain {results[-1].gain:.3f}", flush=True)
         results.sort(key=lambda result: -result.gain)
         rows = [{**asdict(result), "gain": result.gain} for result in results]

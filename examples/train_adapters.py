@@ -43,7 +43,7 @@ class Recipe:
 
 
 RECIPES = {
-    "epistemic_reasoning": Recipe(4, 8, tokens=50_000),
+    "goal_step_wikihow": Recipe(4, 8, tokens=80_000),
     "contextual_parametric_knowledge_conflicts": Recipe(8, 16, tokens=70_000),
     "object_counting": Recipe(4, 8, tokens=70_000),
     "unit_conversion": Recipe(8, 16, tokens=120_000),
