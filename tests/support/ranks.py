@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_S = 120
+PRELOAD = ["meteora_dist.engine.rank", "tests.support.tiny"]
+"""What every rank imports; one process does it for all ranks of a test run, and they are forked from it."""
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, join: bool = True) -> list[Any]:
@@ -25,7 +27,8 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, join: b
     Raises:
         RuntimeError: With the traceback of every rank that failed, not just the first to die.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     with TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_run, args=(rank, world if join else 0, Path(folder), function, arguments))
