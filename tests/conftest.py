@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 pytest_plugins = ["tests.support.fixtures"]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, each file runs on one of them, and all tests that start a Ray run on the same one."""
     for item in items:
