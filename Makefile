@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .NOTPARALLEL:
-.PHONY: help setup fetch-demo demo serve test format lint types imports unit wheel proto clean
+.PHONY: help setup fetch-demo demo serve test format lint types imports unit slow wheel proto clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,8 +40,11 @@ types: setup ## Check the types
 imports: setup ## Check who may import whom
 	$(BIN)/lint-imports --no-logo
 
-unit: fetch-demo ## Run the tests
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+unit: fetch-demo ## Run the tests, except the slow ones
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup -m "not slow"
+
+slow: fetch-demo ## Run the slow tests, one after the other
+	$(BIN)/pytest -m slow
 
 wheel: setup ## Build the wheel and use it in a fresh environment
 	scripts/check_wheel.sh

@@ -25,12 +25,14 @@ class Vote:
         slots: Expert slots its batch needs; of the world: the most.
         staying: Whether the rank goes on when there is no work; of the world: whether any does.
         change: The newest change of the experts the rank may switch to; of the world: the oldest among them.
+        tokens: Tokens of its batch; of the world: the most.
     """
 
     working: bool
     slots: int
     staying: bool
     change: int = 0
+    tokens: int = 0
 
 
 class Lockstep(Protocol):
@@ -88,10 +90,10 @@ class Together:
     def agree(self, vote: Vote) -> Vote:
         """See ``Lockstep``."""
         # One reduction for all: the oldest change is the largest of the negated ones.
-        votes = torch.tensor([int(vote.working), vote.slots, int(vote.staying), -vote.change])
+        votes = torch.tensor([int(vote.working), vote.slots, int(vote.staying), -vote.change, vote.tokens])
         dist.all_reduce(votes, dist.ReduceOp.MAX)
-        working, slots, staying, change = votes.tolist()
-        return Vote(bool(working), slots, bool(staying), -change)
+        working, slots, staying, change, tokens = votes.tolist()
+        return Vote(bool(working), slots, bool(staying), -change, tokens)
 
     def sleep(self) -> None:
         """See ``Lockstep``."""

@@ -113,7 +113,9 @@ class LockstepManager(ContinuousBatchingManager):
         requests = [_request(future) for future in futures]
         stopping = not ready and self.background_thread_status.local_status != BackgroundThreadStatus.DONT_STOP
         needed = slots_of([request.routing for request in requests], self._routed.num_experts)
-        vote = self._lockstep.agree(Vote(ready, needed, staying=not stopping))
+        tokens = sum(future.query_length for future in futures)
+        vote = self._lockstep.agree(Vote(ready, needed, staying=not stopping, tokens=tokens))
+        self._routed.dispatcher.expect(vote.tokens)
         if ready:
             self._step(batch_processor, futures, requests, vote.slots)
         elif vote.slots:

@@ -20,7 +20,7 @@ from meteora_dist.engine.mesh import Mesh
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from meteora_dist.model.load import load_base, torch_dtype
-from meteora_dist.moe.dispatcher import AllToAllDispatcher
+from meteora_dist.moe.equal_exchange import AdaptiveDispatcher
 from meteora_dist.moe.inject import Place, RoutedModel, inject
 from meteora_dist.moe.placement import contiguous
 from meteora_dist.moe.wire import Wire
@@ -196,7 +196,7 @@ def _place(mesh: Mesh, rank: int) -> Place:
     wire = Wire()
     # Every rank has to take part in making every group.
     groups = [dist.new_group(mesh.peers(tp_rank), COLLECTIVE_TIMEOUT) for tp_rank in range(mesh.tp)]
-    return Place(mesh.ep_rank(rank), AllToAllDispatcher(groups[mesh.tp_rank(rank)], wire), wire)
+    return Place(mesh.ep_rank(rank), AdaptiveDispatcher(groups[mesh.tp_rank(rank)], wire), wire)
 
 
 def _generation_config(model: PreTrainedModel) -> GenerationConfig:

@@ -76,6 +76,10 @@ class Dispatcher(Protocol):
         """Returns the weighted sums to their tokens and adds them up: N tensors [T, O_n]."""
         ...
 
+    def expect(self, tokens: int) -> None:
+        """Announces the next passes: ``tokens`` is the most any rank brings, and all ranks are told the same."""
+        ...
+
 
 def targets_of(placement: Placement, sender: int, device: torch.device | str = "cpu") -> Tensor:
     """Who computes what for tokens of group ``sender``: targets_DG, int64.
@@ -100,6 +104,9 @@ class LocalDispatcher:
         """Returns the deltas as they are."""
         return deltas_MO
 
+    def expect(self, tokens: int) -> None:
+        """Nothing depends on it."""
+
 
 class AllToAllDispatcher:
     """Token exchange over a process group: one all-to-all of rows there, one of deltas back."""
@@ -122,20 +129,12 @@ class AllToAllDispatcher:
         rank_S, token_S = wanted_DT.nonzero().unbind(1)
         ids_SNK = local_DTNK[rank_S, token_S]
         weights_SNK = torch.where(ids_SNK >= 0, weights_TNK[token_S].float(), 0.0)
-        payload_SB = torch.cat([_bytes(x_TH[token_S]), _bytes(ids_SNK.int()), _bytes(weights_SNK)], dim=1)
+        payload_SB = pack_rows(x_TH[token_S], ids_SNK, weights_SNK)
 
         sent, received = self._sizes(wanted_DT.sum(1))
         payload_MB = self._exchange("dispatch", payload_SB, sent, received)
-
-        slots = slots_TNK.shape[1:]
-        width, meta = x_TH.shape[1] * x_TH.element_size(), slots.numel() * 4
-        rows_MB, ids_MB, weights_MB = payload_MB.split([width, meta, meta], dim=1)
-        return Dispatched(
-            rows_MH=rows_MB.contiguous().view(x_TH.dtype),
-            local_ids_MNK=ids_MB.contiguous().view(torch.int32).unflatten(1, slots).long(),
-            weights_MNK=weights_MB.contiguous().view(torch.float32).unflatten(1, slots),
-            exchange=Exchange(x_TH.shape[0], token_S, sent, received),
-        )
+        exchange = Exchange(x_TH.shape[0], token_S, sent, received)
+        return unpack_rows(payload_MB, x_TH, slots_TNK.shape[1:], exchange)
 
     def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
         """See ``Dispatcher``; sums run in the order of the ranks."""
@@ -147,6 +146,9 @@ class AllToAllDispatcher:
         for tokens, rows in zip(exchange.token_S.split(exchange.sent), incoming_SO.split(exchange.sent), strict=True):
             combined_TO.index_add_(0, tokens, rows)
         return torch.split(combined_TO, widths, dim=1)
+
+    def expect(self, tokens: int) -> None:
+        """Nothing depends on it: ranks tell each other what they send."""
 
     def _sizes(self, sent_D: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         received_D = torch.empty_like(sent_D)
@@ -169,6 +171,23 @@ class AllToAllDispatcher:
 def local_of(slots_TNK: Tensor, targets_DG: Tensor) -> Tensor:
     """The local id of every slot at each rank that shall compute it, ``NO_EXPERT`` elsewhere: [D, T, N, K]."""
     return torch.where(slots_TNK >= 0, targets_DG[:, slots_TNK.clamp_min(0)], NO_EXPERT)
+
+
+def pack_rows(rows_SH: Tensor, ids_SNK: Tensor, weights_SNK: Tensor) -> Tensor:
+    """Rows with their ids and weights as rows of bytes, H b + 8 N K each."""
+    return torch.cat([_bytes(rows_SH), _bytes(ids_SNK.int()), _bytes(weights_SNK.float())], dim=1)
+
+
+def unpack_rows(payload_MB: Tensor, x_TH: Tensor, slots: torch.Size, exchange: Exchange) -> Dispatched:
+    """What ``pack_rows`` made of rows like those of ``x_TH``, with ``slots`` = (N, K)."""
+    width, meta = x_TH.shape[1] * x_TH.element_size(), slots.numel() * 4
+    rows_MB, ids_MB, weights_MB = payload_MB.split([width, meta, meta], dim=1)
+    return Dispatched(
+        rows_MH=rows_MB.contiguous().view(x_TH.dtype),
+        local_ids_MNK=ids_MB.contiguous().view(torch.int32).unflatten(1, slots).long(),
+        weights_MNK=weights_MB.contiguous().view(torch.float32).unflatten(1, slots),
+        exchange=exchange,
+    )
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class RoutedModel:
         groups: The routed groups in the order a pass meets them.
         context: How the pass under way is routed.
         num_experts: E, of the whole bank.
+        dispatcher: Of all groups.
         wire: Counts what this rank hands over in the exchanges of its routed linears.
     """
 
@@ -51,6 +52,7 @@ class RoutedModel:
     groups: tuple[RoutedGroup, ...]
     context: RoutingContext
     num_experts: int
+    dispatcher: Dispatcher
     wire: Wire
 
     @property
@@ -106,7 +108,7 @@ def inject(
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, routed_linear(model, name, tp, shared, index))
         groups.append(group)
-    return RoutedModel(model, tuple(groups), context, len(bank.names), place.wire)
+    return RoutedModel(model, tuple(groups), context, len(bank.names), place.dispatcher, place.wire)
 
 
 def _grouped(model: nn.Module, bank: Bank) -> list[tuple[str, ...]]:

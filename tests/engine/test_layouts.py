@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from meteora_dist.engine.rank import RankEngine, load_routed
 from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.moe.inject import RoutedModel, inject
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
-from tests.support.ranks import run_ranks
+from tests.support.ranks import meet, run_ranks
 from tests.support.tiny import SPECS, VOCABULARY, Spec, load_tiny_llama, write_tiny_bank
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (3, 1)]
@@ -97,15 +96,6 @@ async def together(engine: RankEngine, requests: list[GenerationRequest]) -> Ser
 
     answers = await asyncio.gather(*map(one, requests))
     return {request.request_id: answer for request, answer in zip(requests, answers, strict=True)}
-
-
-def meet(folder: Path, name: str, rank: int, size: int) -> None:
-    """Waits for all ranks without a collective, because the engine's loop has the process group to itself."""
-    (folder / f"{name}-{rank}").touch()
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob(f"{name}-*"))) < size:
-        assert time.monotonic() < deadline, f"rank {rank} waits for the others"
-        time.sleep(0.01)
 
 
 def run_layout(rank: int, config: EngineConfig, folder: Path, ports: tuple[int, int]) -> Answers:

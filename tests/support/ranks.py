@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -46,6 +47,16 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, join: b
     if errors:
         raise RuntimeError("\n".join(errors))
     return [outcome for _, outcome in outcomes]
+
+
+def meet(folder: Path, name: str, rank: int, world: int) -> None:
+    """Returns once every rank has called it, without a collective: an engine's loop has those to itself."""
+    (folder / f"{name}-{rank}").touch()
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(list(folder.glob(f"{name}-*"))) < world:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {rank} waited {TIMEOUT_S} s for the others at {name}")
+        time.sleep(0.01)
 
 
 def _run(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

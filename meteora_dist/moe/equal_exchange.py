@@ -1,0 +1,112 @@
+"""A token exchange of few fixed shapes, for decoding.
+
+Every rank sends each other rank one row for each of C tokens, wanted there or not. So nobody has to tell the others
+how many rows will come, no number has to reach the host, and a CUDA graph can hold the whole exchange. In return rows
+travel that nobody needs, which is cheap while C is small.
+
+Shapes: T tokens of this rank, C tokens a rank makes room for, D ranks; the others as in ``dispatcher.py``, M = D * C.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from meteora_dist.moe.dispatcher import (
+    AllToAllDispatcher,
+    Dispatched,
+    Dispatcher,
+    Exchange,
+    local_of,
+    pack_rows,
+    unpack_rows,
+)
+from meteora_dist.moe.routing import NO_EXPERT
+from meteora_dist.moe.wire import ExchangeKind, Wire
+
+FEW_TOKENS = 64
+"""Most tokens of a rank that are exchanged in fixed shapes; a choice by arithmetic, not yet measured."""
+
+
+class EqualDispatcher:
+    """All ranks send and receive C rows each; C is a power of two, so that there are few shapes."""
+
+    def __init__(self, group: dist.ProcessGroup, wire: Wire) -> None:
+        """Binds the exchange to a process group; arguments as of ``AllToAllDispatcher``."""
+        self._group = group
+        self._wire = wire
+        self._capacity = 1
+
+    def expect(self, tokens: int) -> None:
+        """Makes room for ``tokens`` tokens of every rank in the passes to come."""
+        self._capacity = 1 << max(tokens - 1, 0).bit_length()
+
+    def dispatch(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor, targets_DG: Tensor) -> Dispatched:
+        """See ``Dispatcher``.
+
+        Raises:
+            ValueError: There are more tokens than were expected.
+        """
+        tokens, capacity, ranks = x_TH.shape[0], self._capacity, targets_DG.shape[0]
+        if tokens > capacity:
+            raise ValueError(f"{tokens} tokens in an exchange that has room for {capacity}")
+        room = capacity - tokens
+        x_CH, weights_CNK = pad(x_TH, (0, 0, 0, room)), pad(weights_TNK, (0, 0, 0, 0, 0, room))
+        local_DCNK = local_of(pad(slots_TNK, (0, 0, 0, 0, 0, room), value=NO_EXPERT), targets_DG)
+        held_DCNK = local_DCNK >= 0
+        # Rows that nobody wants are zeros: they meet experts with weight 0, and must not bring a NaN there.
+        rows_DCH = torch.where(held_DCNK.flatten(2).any(-1, keepdim=True), x_CH, 0)
+        weights_DCNK = torch.where(held_DCNK, weights_CNK, 0)
+        outgoing_MB = pack_rows(rows_DCH.flatten(0, 1), local_DCNK.flatten(0, 1), weights_DCNK.flatten(0, 1))
+        exchange = Exchange(tokens, slots_TNK.new_empty(0), (capacity,) * ranks, (capacity,) * ranks)
+        return unpack_rows(self._exchange("dispatch", outgoing_MB, ranks), x_TH, slots_TNK.shape[1:], exchange)
+
+    def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
+        """See ``Dispatcher``; sums run in the order of the ranks."""
+        assert exchange is not None, "combine needs the exchange of its own dispatch"
+        widths = [delta_MO.shape[1] for delta_MO in deltas_MO]
+        ranks = len(exchange.sent)
+        incoming_MO = self._exchange("combine", torch.cat(deltas_MO, dim=1), ranks)
+        first_CO, *others = incoming_MO.split(exchange.sent)
+        for other_CO in others:
+            first_CO = first_CO + other_CO
+        return torch.split(first_CO[: exchange.tokens], widths, dim=1)
+
+    def _exchange(self, kind: ExchangeKind, outgoing_MB: Tensor, ranks: int) -> Tensor:
+        incoming_MB = torch.empty_like(outgoing_MB)
+        dist.all_to_all_single(incoming_MB, outgoing_MB, group=self._group)
+        remote = outgoing_MB.shape[0] // ranks * (ranks - 1)
+        self._wire.add(kind, remote, remote * outgoing_MB.shape[1] * outgoing_MB.element_size())
+        return incoming_MB
+
+
+class AdaptiveDispatcher:
+    """Exchanges few tokens in fixed shapes, and many as many as are wanted where they are wanted."""
+
+    def __init__(self, group: dist.ProcessGroup, wire: Wire, few: int = FEW_TOKENS) -> None:
+        """Binds both exchanges to a process group; arguments as of ``AllToAllDispatcher``.
+
+        Args:
+            group: One rank of every expert-parallel group, in their order.
+            wire: Counts what is sent.
+            few: Most tokens of a rank that are exchanged in fixed shapes; equal on all ranks.
+        """
+        self._few = few
+        self._equal = EqualDispatcher(group, wire)
+        self._exact = AllToAllDispatcher(group, wire)
+        self._chosen: Dispatcher = self._exact
+
+    def expect(self, tokens: int) -> None:
+        """Chooses the exchange of the passes to come."""
+        self._chosen = self._equal if tokens <= self._few else self._exact
+        self._chosen.expect(tokens)
+
+    def dispatch(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor, targets_DG: Tensor) -> Dispatched:
+        """See ``Dispatcher``."""
+        return self._chosen.dispatch(x_TH, slots_TNK, weights_TNK, targets_DG)
+
+    def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
+        """See ``Dispatcher``."""
+        return self._chosen.combine(deltas_MO, exchange)
