@@ -41,7 +41,7 @@ imports: setup ## Check who may import whom
 	$(BIN)/lint-imports --no-logo
 
 unit: fetch-demo ## Run the tests, except the slow ones
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup -m "not slow"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 slow: fetch-demo ## Run the slow tests, one after the other
 	$(BIN)/pytest -m slow

@@ -21,14 +21,6 @@ torch.set_num_threads(1)
 pytest_plugins = ["tests.support.fixtures"]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, each file runs on one of them, and all tests that start a Ray run on the same one."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The real demo model's checkpoint; the first test run on a machine fetches it."""
