@@ -91,8 +91,7 @@ class Bank:
         """
         self._check_linear(linear)
         block = Block(linear, columns=inputs)
-        gate_EH = read_blocks(self.path / GATES_FILE, self.gate_header, [block], BankError)[0]
-        return gate_EH.float()
+        return read_blocks(self.path / GATES_FILE, self.gate_header, [block], BankError, torch.float32)[0]
 
     def pair(
         self,

@@ -1,10 +1,11 @@
-"""``meteora bench``: how fast it is on this machine."""
+"""``meteora bench``: how fast it is on this machine, and how much it holds."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +15,12 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from meteora_dist.bench.capacity import CapacityPlan, CapacityRow, LimitRow, measure_capacity, measure_limit
 from meteora_dist.bench.decode import DecodePlan, DecodeRow, measure_decode
 from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.mesh import Mesh
 from meteora_dist.model.demo_model import demo_model_dir
+from meteora_dist.planning.sizes import show_bytes
 
 
 def decode(
@@ -42,6 +46,65 @@ def decode(
     Console().print(_table(rows))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def capacity(
+    model: Annotated[Path | None, typer.Option(help="Base model folder; the demo's without it.")] = None,
+    experts: Annotated[list[int] | None, typer.Option(help="Experts in a bank; repeat for several. [64]")] = None,
+    rank: Annotated[int, typer.Option(help="LoRA rank of each.")] = 8,
+    mesh: Annotated[list[str] | None, typer.Option(help="Layout as EPxTP; repeat for several. [1x1, 2x1]")] = None,
+    limit_experts: Annotated[int, typer.Option(help="Experts in the bank that one rank may not hold; 0: none.")] = 64,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+) -> None:
+    """Measure what ranks hold: bank bytes against an even share, and peak memory while loading. Linux only.
+
+    Banks are random, bfloat16, written to the temporary folder; experts share a few weight files by hard links there,
+    and nothing in memory. Then a bank is given to one rank and to two, under a limit on memory that only two can keep.
+
+    Example: meteora bench capacity --experts 64 --experts 1024 --mesh 2x1 --json capacity.json
+    """
+    transformers_logging.disable_progress_bar()
+    meshes = tuple(_mesh(text) for text in mesh or ["1x1", "2x1"])
+    plan = CapacityPlan(model or demo_model_dir(), tuple(experts or [64]), rank, meshes)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("loading", total=len(plan.experts) * len(meshes) + 3 * bool(limit_experts))
+        rows = measure_capacity(plan, lambda: progress.advance(task))
+        # Tokens are compared there, and only fp32 gives the same ones on every mesh.
+        exact = replace(plan, dtype="float32")
+        limit = measure_limit(exact, limit_experts, lambda: progress.advance(task)) if limit_experts else None
+    Console().print(_capacity_table(rows))
+    if limit is not None:
+        Console().print(_limit_text(limit), highlight=False)
+    if json_file is not None:
+        found = {"capacity": [asdict(row) for row in rows], "limit": None if limit is None else asdict(limit)}
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _mesh(text: str) -> Mesh:
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no layout; write ep and tp like 2x1", param_hint="--mesh")
+    return Mesh(int(match[1]), int(match[2]))
+
+
+def _capacity_table(rows: list[CapacityRow]) -> Table:
+    columns = ("experts", "ep", "tp", "bank", "of even share", "gates", "base", "peak", "of shard", "load s")
+    table = Table(*columns, title="The fullest rank")
+    for row in rows:
+        table.add_row(
+            *(str(row.experts), str(row.ep), str(row.tp)),
+            *(show_bytes(row.bank), f"{row.bank_of_even_share:.3f}", show_bytes(row.gates), show_bytes(row.base)),
+            *(show_bytes(row.peak), f"{row.peak_of_shard:.3f}", f"{row.load_s:.1f}"),
+        )
+    return table
+
+
+def _limit_text(row: LimitRow) -> str:
+    same = "the same tokens as one rank without a limit" if row.same_tokens else "other tokens than without a limit"
+    return (
+        f"{row.experts} experts, {show_bytes(row.limit)} a rank: one rank: {row.one_rank}; two ranks: {row.two_ranks}, "
+        + same
+    )
 
 
 def _table(rows: list[DecodeRow]) -> Table:

@@ -42,9 +42,10 @@ COMMANDS = (
     Command(("serve",), "meteora_dist.cli.serve", "command", "Serve a bank over HTTP and gRPC, and stay up."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
     Command(("bench", "decode"), "meteora_dist.cli.bench", "decode", "Measure tokens per second of decoding."),
+    Command(("bench", "capacity"), "meteora_dist.cli.bench", "capacity", "Measure what the ranks of a mesh hold."),
 )
 
-GROUPS = {"bench": "Measure how fast it is."}
+GROUPS = {"bench": "Measure how fast it is and how much it holds."}
 
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from meteora_dist.adapters import Adapter
+from meteora_dist.adapters import Adapter, LoraPair, PairCut
 from meteora_dist.bank import Bank
 from meteora_dist.errors import AdapterError
 from meteora_dist.moe.sharding import GroupShape
@@ -27,7 +27,13 @@ def read_expert(adapter: Adapter, shape: GroupShape, dtype: torch.dtype, device:
     Raises:
         AdapterError: The adapter is for linears of another shape, or its file has changed.
     """
-    return tuple(_read_part(adapter, shape, linear, dtype, device) for linear in range(len(shape.names)))
+    cuts = {
+        name: shape.cut(linear, adapter.shapes[name].rank, adapter.digest)
+        for linear, name in enumerate(shape.names)
+        if _adapts(adapter, shape, linear)
+    }
+    pairs = dict(zip(cuts, adapter.load_all(list(cuts.items()), device, dtype), strict=True))
+    return tuple(_part(adapter, name, cuts[name], pairs[name]) if name in pairs else None for name in shape.names)
 
 
 def stack_experts(experts: Sequence[Expert], shape: GroupShape, dtype: torch.dtype, device: torch.device) -> LoraStack:
@@ -44,26 +50,26 @@ def read_gates(bank: Bank, shape: GroupShape, device: torch.device) -> Tensor:
     return torch.cat([bank.gate(name, shape.inputs) for name in shape.names]).to(device)
 
 
-def _read_part(
-    adapter: Adapter, shape: GroupShape, linear: int, dtype: torch.dtype, device: torch.device
-) -> LoraPart | None:
+def _adapts(adapter: Adapter, shape: GroupShape, linear: int) -> bool:
     name, out_features = shape.names[linear], shape.out_features[linear]
     known = adapter.shapes.get(name)
     if known is None:
-        return None
+        return False
     if (known.in_features, known.out_features) != (shape.in_features, out_features):
         raise AdapterError(
             adapter.path,
             f"maps {known.in_features} to {known.out_features} features at {name}; the base model maps "
             f"{shape.in_features} to {out_features}",
         )
-    cut = shape.cut(linear, known.rank, adapter.digest)
-    pair = adapter.load(name, device, dtype, cut)
+    return True
+
+
+def _part(adapter: Adapter, name: str, cut: PairCut, pair: LoraPair) -> LoraPart:
     return LoraPart(
         a_RH=pair.a_RH,
         b_RO=pair.b_OR.T.contiguous(),
         scale=pair.scale,
-        rank=known.rank,
+        rank=adapter.shapes[name].rank,
         first_a=cut.ranks_a.start,
         first_b=cut.ranks_b.start,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meteora_dist.adapters import LoraShape, read_adapter
+from meteora_dist.adapters.adapter import WHOLE
 from meteora_dist.errors import AdapterError
 from tests.adapters.builders import CONFIG, WEIGHTS, edit_config, edit_weights, peft_adapter
 
@@ -176,3 +177,17 @@ def test_a_file_that_changed_after_it_was_read_is_refused(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(AdapterError, match=r"cannot be read any more \(No such file"):
         adapter.load(Q0)
+
+
+def test_pairs_lie_in_memory_as_the_operators_want_them(tmp_path: Path) -> None:
+    peft_adapter(tmp_path, r=4, lora_alpha=8, target_modules=ALL)
+    adapter = read_adapter(tmp_path)
+    parts = [(module, WHOLE) for module in adapter.shapes]
+    for (module, _), pair in zip(parts, adapter.load_all(parts, dtype=torch.float64), strict=True):
+        single = adapter.load(module, dtype=torch.float64)
+        assert torch.equal(pair.a_RH, single.a_RH)
+        assert torch.equal(pair.b_OR, single.b_OR)
+        assert pair.a_RH.is_contiguous()
+        assert pair.b_OR.T.is_contiguous()
+        # Each has memory of its own and no more of it.
+        assert [t.untyped_storage().nbytes() for t in (pair.a_RH, pair.b_OR)] == [pair.a_RH.nbytes, pair.b_OR.nbytes]

@@ -1,0 +1,179 @@
+"""Loads a world, one process a rank, under measurement and, if asked for, under a limit on memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from meteora_dist.bench.memory import limit_growth, peak_resident, reset_peak, resident
+from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.rank import RankEngine
+from meteora_dist.engine.request import GenerationRequest
+from meteora_dist.errors import EngineUnavailable
+
+PROMPT = tuple(range(100, 116))
+TOKENS = 8
+_LOADING_S = 600.0
+_AFTER_A_FAILURE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """One rank after loading; sizes in bytes.
+
+    Attributes:
+        bank: Matrices of its experts.
+        gates: Its gates.
+        base: Its part of the base model.
+        peak: Largest resident set while loading, above that after the imports.
+        load_s: Seconds that loading took.
+        tokens: Its greedy answer to a fixed prompt; empty where the rank takes no requests.
+    """
+
+    bank: int
+    gates: int
+    base: int
+    peak: int
+    load_s: float
+    tokens: tuple[int, ...]
+
+    @property
+    def shard(self) -> int:
+        """What it has to hold."""
+        return self.bank + self.gates + self.base
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a rank did not load; ``memory`` says whether it ran out of that."""
+
+    message: str
+    memory: bool
+
+
+def load_world(config: EngineConfig, limit: int | None = None) -> list[RankReport] | Failure:
+    """Loads every rank and lets those that take requests answer one.
+
+    Args:
+        config: What to serve.
+        limit: Bytes by which each rank's private memory may grow after its imports; None for no limit.
+
+    Returns:
+        A report of every rank, or the failure of one that ran out of memory.
+
+    Raises:
+        EngineUnavailable: A rank failed for another reason.
+    """
+    outcomes: dict[int, RankReport | Failure] = {}
+    with _processes(config, limit) as pipes:
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+        deadline = time.monotonic() + _LOADING_S
+        while waiting and (ready := wait(waiting, timeout=max(0.0, deadline - time.monotonic()))):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                outcomes[waiting.pop(pipe)] = outcome = _receive(pipe)
+                if isinstance(outcome, Failure):
+                    deadline = min(deadline, time.monotonic() + _AFTER_A_FAILURE_S)
+    failures = sorted((rank, one) for rank, one in outcomes.items() if isinstance(one, Failure))
+    if short := [one for _, one in failures if one.memory]:
+        return short[0]
+    if failures or len(outcomes) < config.mesh.size:
+        raise EngineUnavailable(f"the world did not load: {failures or 'it took too long'}")
+    return [one for _, one in sorted(outcomes.items()) if isinstance(one, RankReport)]
+
+
+def _receive(pipe: Connection) -> RankReport | Failure:
+    try:
+        outcome: RankReport | Failure = pipe.recv()
+    except EOFError:
+        return Failure("died without a word", memory=False)
+    return outcome
+
+
+@contextmanager
+def _processes(config: EngineConfig, limit: int | None) -> Iterator[list[Connection]]:
+    """A process for every rank and the pipe it reports on; none outlives the block."""
+    context = multiprocessing.get_context("spawn")
+    rendezvous = f"tcp://127.0.0.1:{_free_port()}" if config.mesh.size > 1 else None
+    pairs = [context.Pipe() for _ in range(config.mesh.size)]
+    processes = [
+        context.Process(target=_rank, args=(config, rank, rendezvous, limit, theirs))
+        for rank, (_, theirs) in enumerate(pairs)
+    ]
+    try:
+        for process, (_, theirs) in zip(processes, pairs, strict=True):
+            process.start()
+            theirs.close()
+        yield [ours for ours, _ in pairs]
+    finally:
+        # A rank ends when its pipe closes.
+        for ours, _ in pairs:
+            ours.close()
+        for process in processes:
+            process.join(10)
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _rank(config: EngineConfig, rank: int, rendezvous: str | None, limit: int | None, pipe: Connection) -> None:
+    """Loads one rank, reports, and serves until the pipe closes."""
+    _import_model(config.model)
+    gc.collect()
+    before = resident()
+    reset_peak()
+    if limit is not None:
+        limit_growth(limit)
+    started = time.monotonic()
+    try:
+        engine = RankEngine(config, rank, rendezvous)
+        peak, seconds = peak_resident() - before, time.monotonic() - started
+        tokens = asyncio.run(_answer(engine)) if config.mesh.tp_rank(rank) == 0 else ()
+    except Exception as error:
+        # Not only torch: any allocation may be the one that fails.
+        pipe.send(Failure(repr(error), memory=isinstance(error, MemoryError) or "allocate memory" in str(error)))
+        return
+    pipe.send(_report(engine, peak, seconds, tokens))
+    with suppress(EOFError):
+        pipe.recv()
+    engine.stop()
+
+
+def _import_model(folder: Path) -> None:
+    """Imports what transformers imports only when a model of this kind is made."""
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def _report(engine: RankEngine, peak: int, load_s: float, tokens: tuple[int, ...]) -> RankReport:
+    routed = engine.routed
+    return RankReport(
+        bank=sum(group.state.stack.nbytes for group in routed.groups),
+        gates=sum(gate_PH.nbytes for group in routed.groups for gate_PH in group.state.gates),
+        base=sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in routed.model.parameters()),
+        peak=peak,
+        load_s=load_s,
+        tokens=tokens,
+    )
+
+
+async def _answer(engine: RankEngine) -> tuple[int, ...]:
+    request = GenerationRequest("capacity", PROMPT, TOKENS, ignore_eos=True)
+    return tuple([event.token_id async for event in engine.generate(request)])

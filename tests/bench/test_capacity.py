@@ -1,0 +1,93 @@
+"""What ranks hold, small: a base model whose experts are larger than it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from meteora_dist.bench.capacity import CapacityPlan, measure_capacity, measure_limit
+from meteora_dist.bench.synthetic import WEIGHT_FILES, write_synthetic_bank
+from meteora_dist.cli.main import main
+from meteora_dist.engine.mesh import Mesh
+from meteora_dist.planning.known import shape_of
+from meteora_dist.planning.memory import Demand, bank_bytes, rank_memory
+
+EXPERTS, RANK = 512, 16
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, 5 million parameters; an expert of rank 16 has 262,144."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=258,
+        eos_token_id=259,
+    )
+    folder = tmp_path_factory.mktemp("wide-base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_synthetic_bank_is_small_on_disk_and_not_in_memory(wide_base: Path, tmp_path: Path) -> None:
+    bank = write_synthetic_bank(tmp_path / "bank", wide_base, experts=6, rank=4)
+    files = [adapter.path / "adapter_model.safetensors" for adapter in bank.adapters]
+    assert len({file.stat().st_ino for file in files}) == WEIGHT_FILES
+    # Six experts, so six slots.
+    assert len(set(bank.digests)) == 6
+    demand = Demand(experts=6, rank=4)
+    held = [bank.pair(linear, expert, dtype=None) for linear in bank.linears for expert in range(6)]
+    assert sum(p.a_RH.nbytes + p.b_OR.nbytes for p in held if p) == bank_bytes(shape_of(str(wide_base)), demand)
+
+
+def test_a_rank_holds_its_share_and_needs_little_more_to_load_it(wide_base: Path) -> None:
+    (row,) = measure_capacity(CapacityPlan(wide_base, (EXPERTS,), RANK, (Mesh(ep=2),), "float32"), lambda: None)
+    planned = rank_memory(shape_of(str(wide_base)), Demand(EXPERTS, RANK, "float32"), Mesh(ep=2))
+    assert (row.bank, row.gates, row.base) == (planned.bank, planned.gates, planned.base)
+    assert row.bank_of_even_share == 1
+    # Beside a shard of 305 MB, some 15 MB of libraries and headers count too.
+    assert 0.9 < row.peak_of_shard <= 1.15
+
+
+def test_two_ranks_serve_what_does_not_fit_one(wide_base: Path) -> None:
+    row = measure_limit(CapacityPlan(wide_base, (), RANK, (), "float32"), EXPERTS, lambda: None)
+    assert row.one_rank.startswith("out of memory")
+    assert row.two_ranks == "served"
+    assert row.same_tokens
+
+
+def test_the_limit_is_one() -> None:
+    code = (
+        "from meteora_dist.bench.memory import limit_growth\n"
+        "limit_growth(64 * 2**20)\n"
+        "bytearray(16 * 2**20)\n"
+        "try: bytearray(128 * 2**20)\n"
+        "except MemoryError: print('refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "refused\n"
+
+
+def test_the_command_writes_its_rows(wide_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "capacity.json"
+    options = f"--model {wide_base} --experts 3 --rank 2 --mesh 1x1 --limit-experts 0 --json {file}"
+    monkeypatch.setattr(sys, "argv", ["meteora", "bench", "capacity", *options.split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    found = json.loads(file.read_text())
+    assert found["limit"] is None
+    assert [(row["experts"], row["ep"], row["tp"]) for row in found["capacity"]] == [(3, 1, 1)]
+    assert found["capacity"][0]["bank"] == 3 * 2 * 16384 * 2
