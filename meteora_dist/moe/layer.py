@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from meteora_dist.moe.dispatcher import Dispatched, Dispatcher
 from meteora_dist.moe.gate import route
+from meteora_dist.moe.load import SlotLoads
 from meteora_dist.moe.routing import NO_EXPERT, PassRouting
 from meteora_dist.moe.sharding import GroupShape
 from meteora_dist.moe.wire import ExchangeKind
@@ -28,11 +29,17 @@ AddUp = Callable[[Tensor, ExchangeKind], Tensor]
 
 
 class RoutingContext:
-    """Tells every routed linear of a model how the pass under way is routed; None means the plain base model."""
+    """Tells every routed linear of a model how the pass under way is routed; None means the plain base model.
+
+    Attributes:
+        step: The routing of the pass.
+        loads: Counts the slots that passes use.
+    """
 
     def __init__(self) -> None:
         """Starts outside any pass."""
         self.step: PassRouting | None = None
+        self.loads = SlotLoads()
 
     @contextmanager
     def routed(self, step: PassRouting | None) -> Iterator[None]:
@@ -42,6 +49,7 @@ class RoutingContext:
             yield
         finally:
             self.step = None
+            self.loads.settle()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,7 @@ class RoutedGroup(nn.Module):
         if step is None:
             return None
         slots_TNK, weights_TNK = route(x_TH, self.state.gates, len(self.names), step, self._complete_logits)
+        self._context.loads.see(slots_TNK)
         return self._exchange(x_TH, slots_TNK, weights_TNK)
 
     def serve(self, slots: int) -> None:
