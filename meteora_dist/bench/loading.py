@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -18,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from meteora_dist.bench.memory import limit_growth, peak_resident, reset_peak, resident
+from meteora_dist.bench.processes import rank_processes
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.engine.request import GenerationRequest
@@ -77,7 +75,7 @@ def load_world(config: EngineConfig, limit: int | None = None) -> list[RankRepor
         EngineUnavailable: A rank failed for another reason.
     """
     outcomes: dict[int, RankReport | Failure] = {}
-    with _processes(config, limit) as pipes:
+    with rank_processes(config, _rank, limit) as pipes:
         waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
         deadline = time.monotonic() + _LOADING_S
         while waiting and (ready := wait(waiting, timeout=max(0.0, deadline - time.monotonic()))):
@@ -102,38 +100,7 @@ def _receive(pipe: Connection) -> RankReport | Failure:
     return outcome
 
 
-@contextmanager
-def _processes(config: EngineConfig, limit: int | None) -> Iterator[list[Connection]]:
-    """A process for every rank and the pipe it reports on; none outlives the block."""
-    context = multiprocessing.get_context("spawn")
-    rendezvous = f"tcp://127.0.0.1:{_free_port()}" if config.mesh.size > 1 else None
-    pairs = [context.Pipe() for _ in range(config.mesh.size)]
-    processes = [
-        context.Process(target=_rank, args=(config, rank, rendezvous, limit, theirs))
-        for rank, (_, theirs) in enumerate(pairs)
-    ]
-    try:
-        for process, (_, theirs) in zip(processes, pairs, strict=True):
-            process.start()
-            theirs.close()
-        yield [ours for ours, _ in pairs]
-    finally:
-        # A rank ends when its pipe closes.
-        for ours, _ in pairs:
-            ours.close()
-        for process in processes:
-            process.join(10)
-            process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _rank(config: EngineConfig, rank: int, rendezvous: str | None, limit: int | None, pipe: Connection) -> None:
+def _rank(config: EngineConfig, rank: int, rendezvous: str | None, pipe: Connection, limit: int | None) -> None:
     """Loads one rank, reports, and serves until the pipe closes."""
     _import_model(config.model)
     gc.collect()

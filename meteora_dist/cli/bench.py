@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from meteora_dist.bench.capacity import CapacityPlan, CapacityRow, LimitRow, measure_capacity, measure_limit
 from meteora_dist.bench.decode import DecodePlan, DecodeRow, measure_decode
+from meteora_dist.bench.scaling import ScalingPlan, measure_scaling
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.mesh import Mesh
 from meteora_dist.model.demo_model import demo_model_dir
@@ -44,6 +45,34 @@ def decode(
         task = progress.add_task("measuring", total=plan.rounds)
         rows = asyncio.run(measure_decode(config, plan, lambda: progress.advance(task)))
     Console().print(_table(rows))
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def scaling(
+    model: Annotated[Path | None, typer.Option(help="Base model folder; the demo's without it.")] = None,
+    bank: Annotated[Path, typer.Option(help="Bank folder.")] = Path("examples/bank"),
+    requests: Annotated[int, typer.Option(help="Requests at once.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens each request produces.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+) -> None:
+    """Measure two expert-parallel ranks of one thread against one rank of two threads, interleaved in one run.
+
+    Example: meteora bench scaling --requests 16 --json scaling.json
+    """
+    transformers_logging.disable_progress_bar()
+    plan = ScalingPlan(model or demo_model_dir(), bank, requests, tokens, repeats)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=plan.rounds)
+        rows = measure_scaling(plan, lambda: progress.advance(task))
+    table = Table("ep", "threads a rank", "requests", "tokens/s", "of one rank", "time in exchanges")
+    for row in rows:
+        ratio, share = row.tokens_per_s / rows[0].tokens_per_s, f"{row.exchange_share:.0%}"
+        table.add_row(
+            str(row.ep), str(row.threads), str(row.requests), f"{row.tokens_per_s:.1f}", f"{ratio:.2f}", share
+        )
+    Console().print(table)
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
@@ -76,7 +105,8 @@ def capacity(
     if limit is not None:
         Console().print(_limit_text(limit), highlight=False)
     if json_file is not None:
-        found = {"capacity": [asdict(row) for row in rows], "limit": None if limit is None else asdict(limit)}
+        found = [{"measure": "capacity", **asdict(row)} for row in rows]
+        found += [] if limit is None else [{"measure": "limit", **asdict(limit)}]
         json_file.write_text(json.dumps(found, indent=1) + "\n")
 
 

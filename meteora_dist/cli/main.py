@@ -42,6 +42,7 @@ COMMANDS = (
     Command(("serve",), "meteora_dist.cli.serve", "command", "Serve a bank over HTTP and gRPC, and stay up."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
     Command(("bench", "decode"), "meteora_dist.cli.bench", "decode", "Measure tokens per second of decoding."),
+    Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
     Command(("bench", "capacity"), "meteora_dist.cli.bench", "capacity", "Measure what the ranks of a mesh hold."),
 )
 

@@ -152,9 +152,9 @@ class AllToAllDispatcher:
 
     def _sizes(self, sent_D: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         received_D = torch.empty_like(sent_D)
-        dist.all_to_all_single(received_D, sent_D, group=self._group)
         others = sent_D.numel() - 1
-        self._wire.add("sizes", others, others * sent_D.element_size())
+        with self._wire.count("sizes", others, others * sent_D.element_size()):
+            dist.all_to_all_single(received_D, sent_D, group=self._group)
         sent, received = torch.stack([sent_D, received_D]).tolist()
         return tuple(sent), tuple(received)
 
@@ -162,9 +162,9 @@ class AllToAllDispatcher:
         self, kind: ExchangeKind, rows_SB: Tensor, sent: tuple[int, ...], received: tuple[int, ...]
     ) -> Tensor:
         incoming_MB = rows_SB.new_empty(sum(received), rows_SB.shape[1])
-        dist.all_to_all_single(incoming_MB, rows_SB, list(received), list(sent), group=self._group)
         remote = sum(sent) - sent[self._rank]
-        self._wire.add(kind, remote, remote * rows_SB.shape[1] * rows_SB.element_size())
+        with self._wire.count(kind, remote, remote * rows_SB.shape[1] * rows_SB.element_size()):
+            dist.all_to_all_single(incoming_MB, rows_SB, list(received), list(sent), group=self._group)
         return incoming_MB
 
 

@@ -76,9 +76,9 @@ class EqualDispatcher:
 
     def _exchange(self, kind: ExchangeKind, outgoing_MB: Tensor, ranks: int) -> Tensor:
         incoming_MB = torch.empty_like(outgoing_MB)
-        dist.all_to_all_single(incoming_MB, outgoing_MB, group=self._group)
         remote = outgoing_MB.shape[0] // ranks * (ranks - 1)
-        self._wire.add(kind, remote, remote * outgoing_MB.shape[1] * outgoing_MB.element_size())
+        with self._wire.count(kind, remote, remote * outgoing_MB.shape[1] * outgoing_MB.element_size()):
+            dist.all_to_all_single(incoming_MB, outgoing_MB, group=self._group)
         return incoming_MB
 
 

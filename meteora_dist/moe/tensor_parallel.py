@@ -48,8 +48,8 @@ class TensorParallel:
     def add_up(self, parts: Tensor, kind: ExchangeKind) -> Tensor:
         """Adds up the ranks' ``parts``, rows first, in place; no rows on one rank means none on any."""
         if parts.shape[0]:
-            dist.all_reduce(parts, group=self._group)
-            self._wire.add(kind, parts.shape[0], parts.nbytes)
+            with self._wire.count(kind, parts.shape[0], parts.nbytes):
+                dist.all_reduce(parts, group=self._group)
         return parts
 
 

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 ExchangeKind = Literal["dispatch", "combine", "rank_space", "gate_logits", "sizes"]
 
 
 class Wire:
-    """Bytes and rows this rank has handed over since it was made, by kind of exchange.
+    """Bytes and rows this rank has handed over since it was made, by kind of exchange, and the time that took.
 
     What stays on the rank does not count, nor does what the base model exchanges by itself. ``dispatch`` are token
     rows with ids and weights on their way to experts, ``combine`` their deltas on the way back, ``rank_space`` and
     ``gate_logits`` what a tp group adds up, counted once however many ranks take part, and ``sizes`` how many rows
     each rank is about to receive.
+
+    Attributes:
+        seconds: This rank's time in all of these exchanges, waiting for the other ranks included. On a GPU it is only
+            the time of the calls, which do not wait.
     """
 
     def __init__(self) -> None:
         """Starts at zero."""
         self._bytes: Counter[ExchangeKind] = Counter()
         self._rows: Counter[ExchangeKind] = Counter()
+        self.seconds = 0.0
 
-    def add(self, kind: ExchangeKind, rows: int, nbytes: int) -> None:
-        """Counts one exchange of ``rows`` rows that take ``nbytes`` together."""
+    @contextmanager
+    def count(self, kind: ExchangeKind, rows: int, nbytes: int) -> Iterator[None]:
+        """Counts the exchange inside, of ``rows`` rows that take ``nbytes`` together."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
         self._bytes[kind] += nbytes
         self._rows[kind] += rows
 

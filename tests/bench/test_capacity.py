@@ -88,6 +88,5 @@ def test_the_command_writes_its_rows(wide_base: Path, tmp_path: Path, monkeypatc
         main()
     assert end.value.code == 0
     found = json.loads(file.read_text())
-    assert found["limit"] is None
-    assert [(row["experts"], row["ep"], row["tp"]) for row in found["capacity"]] == [(3, 1, 1)]
-    assert found["capacity"][0]["bank"] == 3 * 2 * 16384 * 2
+    assert [(row["measure"], row["experts"], row["ep"], row["tp"]) for row in found] == [("capacity", 3, 1, 1)]
+    assert found[0]["bank"] == 3 * 2 * 16384 * 2

@@ -143,11 +143,12 @@ def test_rank_space_costs_a_twentieth_of_the_token_exchange(measured: dict[Mesh,
     assert 0 < 20 * counted[split] < counted[spread]
 
 
-def test_rows_that_stay_do_not_count() -> None:
+def test_counts_add_up_by_kind() -> None:
     wire = Wire()
-    wire.add("dispatch", 3, 30)
-    wire.add("dispatch", 0, 0)
-    wire.add("combine", 1, 8)
+    for kind, rows, nbytes in (("dispatch", 3, 30), ("dispatch", 0, 0), ("combine", 1, 8)):
+        with wire.count(kind, rows, nbytes):
+            before = wire.seconds
     assert (wire.rows("dispatch"), wire.bytes("dispatch")) == (3, 30)
     assert (wire.rows("combine"), wire.bytes("combine")) == (1, 8)
     assert wire.bytes("rank_space") == 0
+    assert wire.seconds > before > 0
