@@ -44,9 +44,12 @@ COMMANDS = (
     Command(("bench", "decode"), "meteora_dist.cli.bench", "decode", "Measure tokens per second of decoding."),
     Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
     Command(("bench", "capacity"), "meteora_dist.cli.bench", "capacity", "Measure what the ranks of a mesh hold."),
+    Command(
+        ("bench", "chaos"), "meteora_dist.cli.bench_chaos", "chaos", "Harm ranks under load: what do callers lose?"
+    ),
 )
 
-GROUPS = {"bench": "Measure how fast it is and how much it holds."}
+GROUPS = {"bench": "Measure how fast it is, how much it holds and what it survives."}
 
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
