@@ -117,21 +117,22 @@ class World:
             ) from None
 
     async def _keep(self, crew: Crew) -> None:
-        """Replaces lost crews for as long as that helps."""
+        """Replaces lost crews until that no longer helps."""
+        try:
+            await self._replace(crew)
+        except Exception as error:
+            logger.exception("the world has failed")
+            self._fail(str(error))
+
+    async def _replace(self, crew: Crew) -> None:
         fruitless = 0
         while True:
             cause = await crew.end()
             lost = time.monotonic()
             self._leave(crew)
             crew.stop()
-            fruitless = 0 if crew.produced else fruitless
             logger.error("the ranks are lost, and are started again: %s", cause)
-            try:
-                crew, fruitless = await self._rebuilt(fruitless)
-            except EngineUnavailable as error:
-                logger.error("the world has failed: %s", error)
-                self._fail(str(error))
-                return
+            crew, fruitless = await self._rebuilt(0 if crew.produced else fruitless)
             logger.warning("the ranks are back after %.1f s", time.monotonic() - lost)
             self._crew.set_result(crew)
 
