@@ -11,8 +11,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from meteora_cluster.actors import create
 from meteora_cluster.errors import PlacementError, RankFailed
 from meteora_cluster.heartbeat import Heartbeat, failing
 from meteora_cluster.member import Member
@@ -48,6 +48,7 @@ class ActorGroup:
         timeout_s: float = 600.0,
         max_concurrency: int = 1000,
         env: Mapping[str, str] | None = None,
+        actors: Sequence[ActorHandle[Any]] = (),
     ) -> ActorGroup:
         """Starts one actor a rank and returns once every one is ready.
 
@@ -60,6 +61,7 @@ class ActorGroup:
             timeout_s: Seconds for placing the ranks, and again for starting them.
             max_concurrency: Calls one rank serves at a time.
             env: Environment variables of the ranks' processes.
+            actors: Actors of ``placement`` that become the ranks; new ones without them.
 
         Raises:
             PlacementError: The cluster has no room, or ``placement`` does not fit the world.
@@ -74,7 +76,7 @@ class ActorGroup:
             home = await _placed(bundles, timeout_s)
             group = cls((), home)
         try:
-            group.actors = _create(member, arguments, rank, home, max_concurrency, env or {})
+            group.actors = tuple(actors) or create(member, arguments, rank, home, max_concurrency, env)
             await group._meet(timeout_s)
         except BaseException:
             group.stop()
@@ -132,25 +134,3 @@ async def _placed(bundles: list[dict[str, float]], timeout_s: float) -> Placemen
 
 async def _ready(group: PlacementGroup) -> None:
     await group.ready()
-
-
-def _create(
-    member: type[Member],
-    arguments: Sequence[tuple[Any, ...]],
-    rank: Resources,
-    placement: PlacementGroup,
-    max_concurrency: int,
-    env: Mapping[str, str],
-) -> tuple[ActorHandle[Any], ...]:
-    actor_class: Any = ray.remote(member)
-    return tuple(
-        actor_class.options(
-            num_cpus=rank.cpus,
-            num_gpus=rank.gpus,
-            max_restarts=0,
-            max_concurrency=max_concurrency,
-            runtime_env={"env_vars": dict(env)} if env else None,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index),
-        ).remote(*values)
-        for index, values in enumerate(arguments)
-    )

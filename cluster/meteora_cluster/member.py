@@ -42,6 +42,10 @@ class Member(ABC):
         return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid())
 
     @abstractmethod
+    async def prepare(self) -> None:
+        """Does what can be done ahead of :meth:`start`, without the other ranks and without a device."""
+
+    @abstractmethod
     async def start(self, rendezvous: str) -> None:
         """Joins the world that meets at ``rendezvous`` (``host:port``) and returns once this rank is ready."""
 

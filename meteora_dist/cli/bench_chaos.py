@@ -29,6 +29,7 @@ def chaos(
     callers: Annotated[int, typer.Option(help="Streams at a time.", min=1)] = 16,
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 64,
     kv_cache_tokens: Annotated[int, typer.Option(help="Tokens the KV cache of a rank has room for.")] = 8192,
+    standby: Annotated[bool, typer.Option(help="Whether ranks have a second process on standby.")] = True,
     seed: Annotated[int, typer.Option(help="Of the choice of times and ranks.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
@@ -41,7 +42,13 @@ def chaos(
     kinds = fault or list(get_args(Fault))
     if unknown := sorted(set(kinds) - set(get_args(Fault))):
         raise InvalidRequest(f"--fault is {unknown[0]}, but must be one of {', '.join(get_args(Fault))}")
-    settings = {"model": model or demo_model_dir(), "bank": bank, "ep": ep, "kv_cache_tokens": kv_cache_tokens}
+    settings = {
+        "model": model or demo_model_dir(),
+        "bank": bank,
+        "ep": ep,
+        "kv_cache_tokens": kv_cache_tokens,
+        "standby": standby,
+    }
     plan = ChaosPlan(tuple(kinds), injections, callers, tokens, seed=seed)  # type: ignore[arg-type]  # checked above
     with Console(stderr=True).status("starting the service") as status:
         rows = measure_chaos(parse_config(settings), plan, status.update)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from meteora_cluster.group import ActorGroup
+from meteora_cluster.standby import Standby
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, MeteoraError
 from meteora_dist.serving.config import ServiceConfig
@@ -41,6 +43,22 @@ class Blueprint:
     placement: PlacementGroup | None = None
     member: type[RankActor] = RankActor
 
+    @property
+    def arguments(self) -> list[tuple[ServiceConfig, int]]:
+        """Constructor arguments of each rank."""
+        return [(self.config, rank) for rank in range(self.config.mesh.size)]
+
+    @property
+    def max_concurrency(self) -> int:
+        """Calls one rank serves at a time."""
+        return self.config.max_live_requests + _SPARE_CALLS
+
+    def standby(self) -> Standby:
+        """Actors that wait to become the next crew: none, unless they are configured and have a lasting place."""
+        if not self.config.standby or self.placement is None:
+            return Standby()
+        return Standby.create(self.member, self.arguments, self.placement, self.max_concurrency)
+
 
 class Crew:
     """All ranks of one engine. They step together, so one that is lost takes the others with it.
@@ -64,8 +82,12 @@ class Crew:
         self._watch = asyncio.ensure_future(self._watch_ranks(blueprint.config))
 
     @classmethod
-    async def launch(cls, blueprint: Blueprint) -> Crew:
+    async def launch(cls, blueprint: Blueprint, actors: Sequence[ActorHandle[Any]] = ()) -> Crew:
         """Starts the ranks, and returns once each group of them has produced a token.
+
+        Args:
+            blueprint: What from.
+            actors: Those that become the ranks; new ones without them.
 
         Raises:
             ClusterError: No room, or a rank failed to start; the message carries the rank's own words.
@@ -74,12 +96,13 @@ class Crew:
         config, placement = blueprint.config, blueprint.placement
         group = await ActorGroup.launch(
             blueprint.member,
-            [(config, rank) for rank in range(config.mesh.size)],
+            blueprint.arguments,
             config.rank,
             placement=placement,
             driver=None if placement is None else config.replica,
             timeout_s=config.start_timeout_s,
-            max_concurrency=config.max_live_requests + _SPARE_CALLS,
+            max_concurrency=blueprint.max_concurrency,
+            actors=actors,
         )
         crew = cls(group, blueprint)
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from meteora_cluster.member import Member
@@ -23,6 +25,10 @@ class RankActor(Member):
         self._config = config
         self._rank = rank
         self._engine: RankEngine | None = None
+
+    async def prepare(self) -> None:
+        """Imports what the engine needs."""
+        await asyncio.to_thread(_import_engine)
 
     async def start(self, rendezvous: str) -> None:
         """Loads the model and this rank's experts; returns when all ranks have met at ``rendezvous``."""
@@ -54,6 +60,15 @@ class RankActor(Member):
         if self._engine is None:
             raise EngineUnavailable("this rank has not started yet")
         return self._engine
+
+
+def _import_engine() -> None:
+    # With time that nobody else wants: the ranks are at work meanwhile.
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    try:
+        import_module("meteora_dist.engine.rank")
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _load(config: EngineConfig, rank: int, meeting: str | None) -> RankEngine:

@@ -29,12 +29,12 @@ class World:
     would have had. When rebuilds bring no token back, the world fails for good.
 
     Attributes:
-        blueprint: What the next crew is launched from; whoever changes for good what the ranks hold, replaces it.
         failure: Why the world has failed, for the operator; None while it serves or is being rebuilt.
     """
 
     def __init__(self, crew: Crew, blueprint: Blueprint) -> None:
-        self.blueprint = blueprint
+        self._blueprint = blueprint
+        self._standby = blueprint.standby()
         self.failure: str | None = None
         self._crew: asyncio.Future[Crew] = asyncio.get_running_loop().create_future()
         self._crew.set_result(crew)
@@ -57,6 +57,17 @@ class World:
         """
         blueprint = Blueprint(config, placement, member)
         return cls(await Crew.launch(blueprint), blueprint)
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What the next crew is launched from; whoever changes for good what the ranks hold, replaces it."""
+        return self._blueprint
+
+    @blueprint.setter
+    def blueprint(self, blueprint: Blueprint) -> None:
+        self._blueprint = blueprint
+        self._standby.stop()
+        self._standby = blueprint.standby()
 
     @property
     def state(self) -> State:
@@ -101,6 +112,7 @@ class World:
     def stop(self) -> None:
         """Ends every rank; live requests end with EngineUnavailable. Does nothing the second time."""
         self._keeper.cancel()
+        self._standby.stop()
         if self.state == "serving":
             self._crew.result().stop()
         self._fail("it was stopped")
@@ -135,6 +147,8 @@ class World:
             crew, fruitless = await self._rebuilt(0 if crew.produced else fruitless)
             logger.warning("the ranks are back after %.1f s", time.monotonic() - lost)
             self._crew.set_result(crew)
+            self._standby.stop()
+            self._standby = self.blueprint.standby()
 
     async def _rebuilt(self, fruitless: int) -> tuple[Crew, int]:
         """A new crew, and how many there were in a row without a token of a request, itself included."""
@@ -143,7 +157,7 @@ class World:
         while fruitless < limit:
             fruitless += 1
             try:
-                return await Crew.launch(self.blueprint), fruitless
+                return await Crew.launch(self.blueprint, self._standby.take()), fruitless
             except Exception as error:
                 cause = str(error)
                 logger.exception("rebuild %d of %d failed", fruitless, limit)

@@ -17,6 +17,7 @@ from meteora_cluster.group import ActorGroup
 from meteora_cluster.heartbeat import Heartbeat
 from meteora_cluster.member import RAY_WORKER_PORTS, Member, free_port
 from meteora_cluster.placement import Resources, world_bundles
+from meteora_cluster.standby import Standby
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]
 
@@ -32,6 +33,10 @@ class Walker(Member):
         self.rank = rank
         self.plan = plan
         self.meeting = ""
+        self.prepared = False
+
+    async def prepare(self) -> None:
+        self.prepared = True
 
     async def start(self, rendezvous: str) -> None:
         if self.plan == "refuse":
@@ -46,6 +51,9 @@ class Walker(Member):
 
     async def beat(self) -> float | None:
         return 7.0 if self.plan == "dawdle" else None
+
+    async def is_prepared(self) -> bool:
+        return self.prepared
 
     async def about(self) -> tuple[int, str, int]:
         return self.rank, self.meeting, os.getpid()
@@ -72,6 +80,25 @@ async def test_a_group_lives_in_a_given_placement_group_and_leaves_it_alone() ->
     group.stop()
     assert placement_group_table(home)["state"] == "CREATED"
     remove_placement_group(home)
+
+
+async def test_actors_on_standby_wait_beside_the_ranks_and_take_their_places() -> None:
+    home = placement_group(world_bundles(2, HALF))
+    first = await ActorGroup.launch(Walker, [(0,), (1,)], HALF, placement=home, timeout_s=60)
+    standby = Standby.create(Walker, [(0,), (1,)], home, max_concurrency=10)
+    try:
+        waiting = standby.take()
+        pids = [pid for _, _, pid in await asyncio.gather(*(actor.about.remote() for actor in waiting))]
+        first.stop()
+        second = await ActorGroup.launch(Walker, [(0,), (1,)], HALF, placement=home, timeout_s=60, actors=waiting)
+        about = await asyncio.gather(*(actor.about.remote() for actor in second.actors))
+        prepared = await asyncio.gather(*(actor.is_prepared.remote() for actor in second.actors))
+    finally:
+        remove_placement_group(home)
+    assert [pid for _, _, pid in about] == pids
+    assert all(meeting for _, meeting, _ in about)
+    assert prepared == [True, True]
+    assert standby.take() == ()
 
 
 async def test_the_error_of_a_start_carries_the_ranks_own_message() -> None:

@@ -23,9 +23,13 @@ class CountingRank(Member):
     def __init__(self, config: ServiceConfig, rank: int) -> None:
         self.folder = config.bank
         self.rank = rank
+        self.prepared = False
         self.live: set[str] = set()
         self.stalled: float | None = None
         self.over = asyncio.Event()
+
+    async def prepare(self) -> None:
+        self.prepared = True
 
     async def start(self, rendezvous: str) -> None:
         if (self.folder / "broken").exists():
@@ -57,6 +61,9 @@ class CountingRank(Member):
 
     async def about(self) -> tuple[int, set[str]]:
         return os.getpid(), self.live
+
+    async def is_prepared(self) -> bool:
+        return self.prepared
 
     async def fail(self) -> None:
         self.over.set()

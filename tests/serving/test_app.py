@@ -31,6 +31,11 @@ def test_every_fault_in_the_args_is_named() -> None:
         build({"model": "m", "ep": 0, "epp": 2})
 
 
+def test_standby_is_refused_with_gpus() -> None:
+    with pytest.raises(InvalidRequest, match="standby is for ranks without GPUs"):
+        build({"model": "m", "bank": "b", "standby": True, "rank_gpus": 1})
+
+
 def test_paths_are_absolute_with_home_and_variables_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")

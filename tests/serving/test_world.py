@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from meteora_cluster.local import local_ray
+from meteora_cluster.placement import Resources, world_bundles
 from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest
 from meteora_dist.serving.config import ServiceConfig
@@ -42,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-async def launch(folder: Path) -> World:
+async def launch(folder: Path, placement: PlacementGroup | None = None, **more: Any) -> World:
     config = ServiceConfig(
         model=folder,
         bank=folder,
@@ -54,8 +56,9 @@ async def launch(folder: Path) -> World:
         stall_timeout_s=5,
         max_rebuilds=2,
         rebuild_wait_s=PATIENCE_S,
+        **more,
     )
-    return await World.launch(config, member=CountingRank)
+    return await World.launch(config, placement, member=CountingRank)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -191,6 +194,21 @@ async def test_a_request_that_kills_every_crew_is_given_up_and_the_others_live(w
     with pytest.raises(EngineUnavailable, match="was lost 3 times while it worked on this request"):
         await asyncio.wait_for(rest(world.generate(request("poison", prompt=POISON))), PATIENCE_S)
     assert await tokens == list(range(2, 201))
+
+
+async def test_standby_ranks_take_the_places_of_lost_ones(own_ray: None, tmp_path: Path) -> None:
+    home = placement_group(world_bundles(2, Resources(cpus=0.5)))
+    world = await launch(tmp_path, home, standby=True, replica_cpus=0)
+    try:
+        for _ in range(2):
+            stream = world.generate(request("live", 20))
+            first = (await anext(stream)).token_id
+            await kill(world)
+            assert [first, *await asyncio.wait_for(rest(stream), PATIENCE_S)] == list(range(1, 21))
+            assert await asyncio.gather(*(actor.is_prepared.remote() for actor in actors(world))) == [True, True]
+    finally:
+        world.stop()
+        remove_placement_group(home)
 
 
 async def test_a_world_that_cannot_be_rebuilt_fails_with_the_cause(short_lived: World, tmp_path: Path) -> None:
