@@ -61,7 +61,7 @@ class ActorGroup:
             timeout_s: Seconds for placing the ranks, and again for starting them.
             max_concurrency: Calls one rank serves at a time.
             env: Environment variables of the ranks' processes.
-            actors: Actors of ``placement`` that become the ranks; new ones without them.
+            actors: Actors of ``placement`` that become the ranks, with ``arguments`` anew; new ones without them.
 
         Raises:
             PlacementError: The cluster has no room, or ``placement`` does not fit the world.
@@ -77,6 +77,8 @@ class ActorGroup:
             group = cls((), home)
         try:
             group.actors = tuple(actors) or create(member, arguments, rank, home, max_concurrency, env)
+            if actors:
+                await group._assign(arguments, timeout_s)
             await group._meet(timeout_s)
         except BaseException:
             group.stop()
@@ -109,6 +111,10 @@ class ActorGroup:
         if self._own_placement is not None:
             remove_placement_group(self._own_placement)
             self._own_placement = None
+
+    async def _assign(self, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> None:
+        pairs = zip(self.actors, arguments, strict=True)
+        await all_of([actor.assign.remote(*own) for actor, own in pairs], "assigning the places", timeout_s)
 
     async def _meet(self, timeout_s: float) -> None:
         where = await all_of([actor.whereabouts.remote() for actor in self.actors], "finding the ranks", timeout_s)

@@ -6,6 +6,7 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray.util
@@ -42,8 +43,12 @@ class Member(ABC):
         return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid())
 
     @abstractmethod
-    async def prepare(self) -> None:
+    async def stand_by(self) -> None:
         """Does what can be done ahead of :meth:`start`, without the other ranks and without a device."""
+
+    async def assign(self, *arguments: Any) -> None:
+        """Takes other constructor arguments, ahead of :meth:`start`."""
+        type(self).__init__(self, *arguments)
 
     @abstractmethod
     async def start(self, rendezvous: str) -> None:

@@ -36,7 +36,7 @@ class Standby:
         """
         standby = cls(create(member, arguments, Resources(), placement, max_concurrency))
         for actor in standby._actors:
-            actor.prepare.remote()
+            actor.stand_by.remote()
         return standby
 
     def take(self) -> tuple[ActorHandle[Any], ...]:

@@ -26,7 +26,7 @@ class RankActor(Member):
         self._rank = rank
         self._engine: RankEngine | None = None
 
-    async def prepare(self) -> None:
+    async def stand_by(self) -> None:
         """Imports what the engine needs."""
         await asyncio.to_thread(_import_engine)
 

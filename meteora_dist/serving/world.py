@@ -29,11 +29,12 @@ class World:
     would have had. When rebuilds bring no token back, the world fails for good.
 
     Attributes:
+        blueprint: What the next crew is launched from; whoever changes for good what the ranks hold, replaces it.
         failure: Why the world has failed, for the operator; None while it serves or is being rebuilt.
     """
 
     def __init__(self, crew: Crew, blueprint: Blueprint) -> None:
-        self._blueprint = blueprint
+        self.blueprint = blueprint
         self._standby = blueprint.standby()
         self.failure: str | None = None
         self._crew: asyncio.Future[Crew] = asyncio.get_running_loop().create_future()
@@ -57,17 +58,6 @@ class World:
         """
         blueprint = Blueprint(config, placement, member)
         return cls(await Crew.launch(blueprint), blueprint)
-
-    @property
-    def blueprint(self) -> Blueprint:
-        """What the next crew is launched from; whoever changes for good what the ranks hold, replaces it."""
-        return self._blueprint
-
-    @blueprint.setter
-    def blueprint(self, blueprint: Blueprint) -> None:
-        self._blueprint = blueprint
-        self._standby.stop()
-        self._standby = blueprint.standby()
 
     @property
     def state(self) -> State:

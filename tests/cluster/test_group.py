@@ -29,14 +29,15 @@ CLOSELY = Heartbeat(every_s=0.2, answer_s=2, stall_s=5)
 class Walker(Member):
     """A rank that does what its plan says."""
 
+    prepared = False
+
     def __init__(self, rank: int, plan: str = "work") -> None:
         self.rank = rank
         self.plan = plan
         self.meeting = ""
-        self.prepared = False
 
-    async def prepare(self) -> None:
-        self.prepared = True
+    async def stand_by(self) -> None:
+        type(self).prepared = True
 
     async def start(self, rendezvous: str) -> None:
         if self.plan == "refuse":
@@ -95,7 +96,7 @@ async def test_actors_on_standby_wait_beside_the_ranks_and_take_their_places() -
         prepared = await asyncio.gather(*(actor.is_prepared.remote() for actor in second.actors))
     finally:
         remove_placement_group(home)
-    assert [pid for _, _, pid in about] == pids
+    assert [(rank, pid) for rank, _, pid in about] == [(10, pids[0]), (11, pids[1])]
     assert all(meeting for _, meeting, _ in about)
     assert prepared == [True, True]
     assert standby.take() == ()

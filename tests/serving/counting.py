@@ -20,16 +20,17 @@ class CountingRank(Member):
     Files in the bank's folder say how it starts: ``slow`` for never ready, ``broken`` for an error.
     """
 
+    prepared = False
+
     def __init__(self, config: ServiceConfig, rank: int) -> None:
         self.folder = config.bank
         self.rank = rank
-        self.prepared = False
         self.live: set[str] = set()
         self.stalled: float | None = None
         self.over = asyncio.Event()
 
-    async def prepare(self) -> None:
-        self.prepared = True
+    async def stand_by(self) -> None:
+        type(self).prepared = True
 
     async def start(self, rendezvous: str) -> None:
         if (self.folder / "broken").exists():
