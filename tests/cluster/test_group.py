@@ -91,7 +91,7 @@ async def test_actors_on_standby_wait_beside_the_ranks_and_take_their_places() -
         waiting = standby.take()
         pids = [pid for _, _, pid in await asyncio.gather(*(actor.about.remote() for actor in waiting))]
         first.stop()
-        second = await ActorGroup.launch(Walker, [(0,), (1,)], HALF, placement=home, timeout_s=60, actors=waiting)
+        second = await ActorGroup.launch(Walker, [(10,), (11,)], HALF, placement=home, timeout_s=60, actors=waiting)
         about = await asyncio.gather(*(actor.about.remote() for actor in second.actors))
         prepared = await asyncio.gather(*(actor.is_prepared.remote() for actor in second.actors))
     finally:
