@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from meteora_dist.bench.memory import limit_growth, peak_resident, reset_peak, resident
 from meteora_dist.bench.processes import rank_processes
@@ -102,6 +103,7 @@ def _receive(pipe: Connection) -> RankReport | Failure:
 
 def _rank(config: EngineConfig, rank: int, rendezvous: str | None, pipe: Connection, limit: int | None) -> None:
     """Loads one rank, reports, and serves until the pipe closes."""
+    transformers_logging.disable_progress_bar()
     _import_model(config.model)
     gc.collect()
     before = resident()

@@ -36,7 +36,7 @@ def rank_processes(config: EngineConfig, run: Callable[..., None], *arguments: A
     finally:
         for ours, _ in pairs:
             ours.close()
-        for process in processes:
+        for process in (process for process in processes if process.pid is not None):
             process.join(10)
             process.kill()
 
