@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from meteora_dist.adapters import read_adapter
 from meteora_dist.bank import Bank, write_bank
 from meteora_dist.model.load import load_base
-from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.inject import inject
+from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.training.local_gates import GateBatch, GateMetrics, LocalFit, fit_gates
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

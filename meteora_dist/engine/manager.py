@@ -15,15 +15,16 @@ from transformers.generation.continuous_batching.continuous_api import (
     OutputRouter,
 )
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 
+from meteora_dist.engine.changes import Changes
 from meteora_dist.engine.lockstep import Lockstep, Vote
 from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.engine.sampling import RequestSampler
 from meteora_dist.engine.zeros import ZerosOnDemand
 from meteora_dist.errors import EngineUnavailable
-from meteora_dist.moe.inject import RoutedModel
-from meteora_dist.moe.routing import StepRouting, plan_step, slots_of
+from meteora_dist.moe.routed_model import RoutedModel
+from meteora_dist.moe.routing import PassRouting, plan_pass, slots_of_pass
 
 Shares = tuple[float, ...]
 Deliver = Callable[[GenerationOutput, Shares | None], None]
@@ -31,7 +32,11 @@ Deliver = Callable[[GenerationOutput, Shares | None], None]
 
 
 class LockstepManager(ContinuousBatchingManager):
-    """One rank's batches. All ranks pass through every routed linear together, with or without tokens of their own."""
+    """One rank's batches. All ranks pass through every routed linear together, with or without tokens of their own.
+
+    Attributes:
+        changes: Of what the ranks hold.
+    """
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class LockstepManager(ContinuousBatchingManager):
         self.output_router = _Router(self)
         self._routed = routed
         self._lockstep = lockstep
+        self.changes = Changes(routed)
         self._stepped = time.monotonic()
         self._asleep = False
         self._wake_up_loop = _WakeUp(lockstep)
@@ -80,6 +86,10 @@ class LockstepManager(ContinuousBatchingManager):
         refusal = self.background_thread_status.can_accept_new_requests()
         if refusal is not None:
             raise EngineUnavailable(f"the request was interrupted: {refusal}")
+
+    def wake(self) -> None:
+        """Wakes all ranks, should they be asleep; for any thread."""
+        self._lockstep.wake()
 
     def stalled_s(self) -> float | None:
         """Seconds since the loop began its latest step, or None while it sleeps for want of work."""
@@ -112,9 +122,13 @@ class LockstepManager(ContinuousBatchingManager):
         futures = batch.requests_in_batch if ready else []
         requests = [_request(future) for future in futures]
         stopping = not ready and self.background_thread_status.local_status != BackgroundThreadStatus.DONT_STOP
-        needed = slots_of([request.routing for request in requests], self._routed.num_experts)
+        routings = [request.routing for request in requests]
+        needed = slots_of_pass(routings, [_generation(request) for request in requests], self._routed.live)
+        change = self.changes.vote(lambda: self._in_use(batch_processor))
         tokens = sum(future.query_length for future in futures)
-        vote = self._lockstep.agree(Vote(ready, needed, staying=not stopping, tokens=tokens))
+        vote = self._lockstep.agree(Vote(ready, needed, not stopping, change, tokens))
+        # A change keeps every generation that is in use, so what was needed before it still is after it.
+        self.changes.make(vote.change)
         self._routed.dispatcher.expect(vote.tokens)
         if ready:
             self._step(batch_processor, futures, requests, vote.slots)
@@ -124,6 +138,14 @@ class LockstepManager(ContinuousBatchingManager):
         elif not vote.working and vote.staying:
             self._sleep()
         return vote.working or vote.staying
+
+    def _in_use(self, batch_processor: ContinuousBatchProcessor) -> set[int]:
+        """The generations of all requests that this rank works on or has queued."""
+        scheduler = batch_processor.scheduler
+        states = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
+        with self.input_queue.mutex:
+            states += self.input_queue.queue
+        return {_generation(_request_of(state)) for state in states}
 
     def _sleep(self) -> None:
         self._asleep = True
@@ -143,8 +165,9 @@ class LockstepManager(ContinuousBatchingManager):
         step = None
         if slots:
             choices = [request.routing for request in requests]
+            generations = [_generation(request) for request in requests]
             traced = any(request.trace for request in requests)
-            step = plan_step(choices, lengths, self._routed.num_experts, slots, traced)
+            step = plan_pass(choices, lengths, generations, self._routed.live, slots, traced)
         with self._routed.context.routed(step):
             self._generation_step()
         self._keep_shares(futures, requests, lengths, step)
@@ -155,7 +178,7 @@ class LockstepManager(ContinuousBatchingManager):
         futures: list[FutureRequestState],
         requests: list[GenerationRequest],
         lengths: list[int],
-        step: StepRouting | None,
+        step: PassRouting | None,
     ) -> None:
         """Notes the shares at each traced request's last position, which produced its new token."""
         last = -1
@@ -163,11 +186,11 @@ class LockstepManager(ContinuousBatchingManager):
             last += length
             if not (request.trace and future.has_new_token):
                 continue
-            if step is None or step.shares_TE is None:
-                self._shares[request.request_id] = (0.0,) * self._routed.num_experts
-            else:
-                shares_E = step.shares_TE[last] / self._routed.num_linears
-                self._shares[request.request_id] = tuple(shares_E.tolist())
+            live = self._routed.live[_generation(request)]
+            shares_E = None if step is None else step.shares_of(last)
+            self._shares[request.request_id] = (
+                (0.0,) * live.num_experts if shares_E is None else tuple((shares_E / live.num_linears).tolist())
+            )
 
 
 class _WakeUp(threading.Event):
@@ -197,6 +220,15 @@ class _Router(OutputRouter):
 
 
 def _request(future: FutureRequestState) -> GenerationRequest:
-    request = future.state.logit_processor_kwargs["request"]
+    return _request_of(future.state)
+
+
+def _request_of(state: RequestState) -> GenerationRequest:
+    request = state.logit_processor_kwargs["request"]
     assert isinstance(request, GenerationRequest), "submit puts the request there"
     return request
+
+
+def _generation(request: GenerationRequest) -> int:
+    assert request.generation is not None, "RankEngine names the generation of every request"
+    return request.generation

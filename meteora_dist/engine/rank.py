@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,10 @@ from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEv
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from meteora_dist.model.load import load_base, torch_dtype
 from meteora_dist.moe.equal_exchange import AdaptiveDispatcher
-from meteora_dist.moe.inject import Place, RoutedModel, inject
-from meteora_dist.moe.placement import contiguous
+from meteora_dist.moe.holdings import Holdings, Resident
+from meteora_dist.moe.inject import inject_holdings
+from meteora_dist.moe.residency import Residency
+from meteora_dist.moe.routed_model import Place, RoutedModel
 from meteora_dist.moe.wire import Wire
 
 KV_PAGE_TOKENS = 64
@@ -42,13 +44,21 @@ class _Live:
 class RankEngine:
     """Serves requests on one rank, in lockstep with the other ranks of its world."""
 
-    def __init__(self, config: EngineConfig, rank: int = 0, rendezvous: str | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int = 0,
+        rendezvous: str | None = None,
+        residency: Residency | None = None,
+    ) -> None:
         """Joins the world, loads base model and own experts, and starts the loop. Blocks until all of it is done.
 
         Args:
             config: What to serve.
             rank: This rank's number in the mesh.
             rendezvous: ``tcp://host:port`` where the ranks meet; None for a world of one.
+            residency: The live bank generations and who holds what of them, on all ranks the same; None for the
+                configuration's bank alone, its experts spread evenly.
 
         Raises:
             CheckpointError: Model or bank cannot be used; the message says why.
@@ -57,7 +67,7 @@ class RankEngine:
         lockstep = join(rank, config.mesh.size, rendezvous)
         self._drivers = config.mesh.drivers
         self._rank = rank
-        self.routed = load_routed(config, rank)
+        self.routed = load_routed(config, rank, residency)
         self.generation_config = _generation_config(self.routed.model)
         self._max_len = config.max_model_len
         self._live: dict[str, _Live] = {}
@@ -70,7 +80,8 @@ class RankEngine:
         """Yields the request's tokens as they are produced; closing the iterator cancels the request.
 
         Raises:
-            InvalidRequest: The prompt is empty or holds ids outside the vocabulary, or ``max_tokens`` is not positive.
+            InvalidRequest: The prompt is empty or holds ids outside the vocabulary, ``max_tokens`` is not positive, or
+                the generation or an expert it names is not here.
             PromptTooLong: Prompt and answer exceed ``max_model_len``.
             EngineUnavailable: The loop has died, before or while the request ran.
             ValueError: This rank is not the first of its tp group.
@@ -78,6 +89,8 @@ class RankEngine:
         if self._rank not in self._drivers:
             raise ValueError(f"rank {self._rank} takes no requests; they go to the ranks {list(self._drivers)}")
         self.check()
+        if request.generation is None:
+            request = replace(request, generation=self.routed.holdings.residency.roster.newest)
         self._refuse_unservable(request)
         live = _Live(request, asyncio.get_running_loop())
         self._live[request.request_id] = live
@@ -108,6 +121,37 @@ class RankEngine:
         if refusal is not None or not self._manager.is_running():
             raise EngineUnavailable(f"the generation loop is not running: {status.fatal_error or refusal}")
 
+    def prepare(self, number: int, residency: Residency) -> None:
+        """Loads what this rank lacks of ``residency``, beside what it holds; requests go on as before. Blocks.
+
+        Every rank is told of the same changes. They are numbered from 1, and there is one at a time.
+
+        Raises:
+            CheckpointError: A bank cannot be read, or does not fit; nothing has changed.
+            EngineUnavailable: The loop is not running.
+        """
+        self.check()
+        self._manager.changes.prepare(number, residency)
+
+    def commit(self, number: int) -> None:
+        """Puts a prepared change in force, once every rank has been told to. Blocks until it is.
+
+        Requests of a generation that the change drops keep it waiting until they have ended.
+
+        Raises:
+            EngineUnavailable: The loop ended, or the change was not prepared.
+        """
+        self._manager.changes.commit(number, self._manager.wake, self.check)
+
+    def discard(self, number: int) -> None:
+        """Frees what a prepared change has loaded; does nothing when there is no such change."""
+        self._manager.changes.discard(number)
+
+    @property
+    def resident(self) -> Resident:
+        """Memory this rank uses for the bank."""
+        return self.routed.resident
+
     def stalled_s(self) -> float | None:
         """Seconds since the loop began its latest step; None while it sleeps for want of work."""
         return self._manager.stalled_s()
@@ -136,10 +180,23 @@ class RankEngine:
             raise InvalidRequest(f"the prompt must be one or more token ids from 0 to {vocabulary - 1}", "prompt")
         if request.max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {request.max_tokens}, but must be at least 1", "max_tokens")
+        self._refuse_unknown_experts(request)
         total = len(request.prompt_ids) + request.max_tokens
         if total > self._max_len:
             raise PromptTooLong(
                 f"prompt and answer need {total} tokens, but the context holds {self._max_len}", "prompt"
+            )
+
+    def _refuse_unknown_experts(self, request: GenerationRequest) -> None:
+        live = self.routed.live
+        bank = live.get(-1 if request.generation is None else request.generation)
+        if bank is None:
+            raise InvalidRequest(f"generation {request.generation} of the bank is not served; {sorted(live)} are")
+        unknown = [expert for expert, _ in request.routing.experts if not 0 <= expert < bank.num_experts]
+        if unknown:
+            raise InvalidRequest(
+                f"there is no expert number {unknown[0]}: generation {request.generation} of the bank has "
+                f"{bank.num_experts}"
             )
 
     def _eos(self) -> int | list[int]:
@@ -179,14 +236,21 @@ class RankEngine:
         return "length" if number == request.max_tokens else None
 
 
-def load_routed(config: EngineConfig, rank: int) -> RoutedModel:
-    """This rank's part of the base model, with its share of the bank's experts; all ranks of the world call it."""
+def load_routed(config: EngineConfig, rank: int, residency: Residency | None = None) -> RoutedModel:
+    """This rank's part of the base model, with its share of the experts; all ranks of the world call it.
+
+    Arguments as for ``RankEngine``.
+    """
+    if residency is None:
+        bank = Bank.open(config.bank)
+        holdings = Holdings(Residency.of(bank, config.ep), {bank.manifest.generation: bank})
+    else:
+        holdings = Holdings.open(residency, {})
+    for bank in holdings.banks.values():
+        bank.check_base(config.model)
     dtype = torch_dtype(config.dtype)
-    bank = Bank.open(config.bank)
-    bank.check_base(config.model)
-    placement = contiguous(len(bank.names), config.ep)
     base = load_base(config.model, dtype, config.ep, config.tp)
-    return inject(base, bank, dtype, placement, _place(config.mesh, rank))
+    return inject_holdings(base, holdings, dtype, _place(config.mesh, rank))
 
 
 def _place(mesh: Mesh, rank: int) -> Place:

@@ -39,6 +39,8 @@ class GenerationRequest:
         routing: Which experts act on this request's tokens.
         trace: Whether every token reports the experts' shares.
         ignore_eos: Whether to go on after the end-of-sequence token.
+        generation: Number of the bank generation that ``routing`` and the shares refer to, and whose gates and experts
+            the request uses to its end; None for the engine's newest.
     """
 
     request_id: str
@@ -48,6 +50,7 @@ class GenerationRequest:
     routing: RoutingChoice = field(default_factory=RoutingChoice)
     trace: bool = False
     ignore_eos: bool = False
+    generation: int | None = None
 
     def after(self, tokens: Sequence[int]) -> GenerationRequest:
         """What is left of the request once it has produced ``tokens``, fewer than ``max_tokens`` of them.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meteora_dist.adapters import Adapter, LoraPair, PairCut
 from meteora_dist.bank import Bank
-from meteora_dist.errors import AdapterError
+from meteora_dist.errors import AdapterError, BankError
 from meteora_dist.moe.sharding import GroupShape
 from meteora_kernels.routed_lora.plan import arrange
 from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, stack
@@ -44,10 +44,23 @@ def stack_experts(experts: Sequence[Expert], shape: GroupShape, dtype: torch.dty
 def read_gates(bank: Bank, shape: GroupShape, device: torch.device) -> Tensor:
     """This rank's part of a group's gates, stacked: gate_PH, fp32, over all experts of the bank.
 
+    Linears that no expert of the bank adapts have rows of zeros.
+
     Raises:
-        BankError: The file has changed.
+        BankError: The file has changed, or a gate does not fit the base model.
     """
-    return torch.cat([bank.gate(name, shape.inputs) for name in shape.names]).to(device)
+    return torch.cat([_gate(bank, shape, name) for name in shape.names]).to(device)
+
+
+def _gate(bank: Bank, shape: GroupShape, name: str) -> Tensor:
+    info = bank.gate_header.tensors.get(name)
+    if info is None:
+        return torch.zeros(len(bank.names), shape.local_inputs)
+    if info.shape[1] != shape.in_features:
+        raise BankError(
+            bank.path, f"the gate of {name} reads {info.shape[1]} features; the base model has {shape.in_features}"
+        )
+    return bank.gate(name, shape.inputs)
 
 
 def _adapts(adapter: Adapter, shape: GroupShape, linear: int) -> bool:

@@ -6,6 +6,7 @@ Shapes: T tokens, N linears that share one input, E experts of a generation, K s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,50 +22,53 @@ def gate_logits(x_TH: Tensor, gate_PH: Tensor, num_linears: int) -> Tensor:
     return logits_TP.view(-1, num_linears, gate_PH.shape[0] // num_linears)
 
 
-Complete = Callable[[Tensor], Tensor]
-"""Makes whole logits_TNE of those of a gate that saw only a part of its input."""
+@dataclass(frozen=True, slots=True)
+class GroupGates:
+    """The gates of N linears that share one input.
+
+    Attributes:
+        num_linears: N.
+        stacked: Stacked gates (see ``gate_logits``) of every live generation.
+        absent: For each of them, which linears no expert of the generation adapts, bool [N, 1]; None for none.
+        complete: Makes whole logits_TNE of those of gates that saw a part of their input.
+    """
+
+    num_linears: int
+    stacked: Sequence[Tensor]
+    absent: Sequence[Tensor | None]
+    complete: Callable[[Tensor], Tensor] = lambda logits: logits
 
 
-def route(
-    x_TH: Tensor,
-    gates: Sequence[Tensor],
-    num_linears: int,
-    step: PassRouting,
-    complete: Complete = lambda logits: logits,
-) -> tuple[Tensor, Tensor]:
+def route(x_TH: Tensor, gates: GroupGates, step: PassRouting) -> tuple[Tensor, Tensor]:
     """Routes a pass by the gates of its requests' generations, and adds up the shares the pass records.
 
     Args:
         x_TH: What the N linears read.
-        gates: Stacked gates (see ``gate_logits``) of every live generation.
-        num_linears: N.
+        gates: Theirs.
         step: What the requests chose.
-        complete: Applied to every product of gates and input.
 
     Returns:
         Slots of the roster and weights, each [T, N, K]; ``NO_EXPERT`` with weight 0 where a slot is empty.
     """
     if isinstance(step, StepRouting):
-        return _route_generation(x_TH, gates[step.index], num_linears, step, complete)
-    return _route_mixed_generations(x_TH, gates, num_linears, step, complete)
+        return _route_generation(x_TH, gates, step)
+    return _route_mixed_generations(x_TH, gates, step)
 
 
-def _route_mixed_generations(
-    x_TH: Tensor, gates: Sequence[Tensor], num_linears: int, step: MixedRouting, complete: Complete
-) -> tuple[Tensor, Tensor]:
-    slots_TNK = torch.empty(x_TH.shape[0], num_linears, step.slots, dtype=torch.long, device=x_TH.device)
-    weights_TNK = torch.empty(slots_TNK.shape, device=x_TH.device)
+def _route_mixed_generations(x_TH: Tensor, gates: GroupGates, step: MixedRouting) -> tuple[Tensor, Tensor]:
+    shape = (x_TH.shape[0], gates.num_linears, step.slots)
+    slots_TNK = torch.empty(shape, dtype=torch.long, device=x_TH.device)
+    weights_TNK = torch.empty(shape, device=x_TH.device)
     for rows_T, part in step.parts:
-        slots_TNK[rows_T], weights_TNK[rows_T] = _route_generation(
-            x_TH[rows_T], gates[part.index], num_linears, part, complete
-        )
+        slots_TNK[rows_T], weights_TNK[rows_T] = _route_generation(x_TH[rows_T], gates, part)
     return slots_TNK, weights_TNK
 
 
-def _route_generation(
-    x_TH: Tensor, gate_PH: Tensor, num_linears: int, step: StepRouting, complete: Complete
-) -> tuple[Tensor, Tensor]:
-    ids_TNK, weights_TNK = _choose(x_TH, gate_PH, num_linears, step, complete)
+def _route_generation(x_TH: Tensor, gates: GroupGates, step: StepRouting) -> tuple[Tensor, Tensor]:
+    ids_TNK, weights_TNK = _choose(x_TH, gates, step)
+    absent_N1 = gates.absent[step.index]
+    if absent_N1 is not None:
+        ids_TNK, weights_TNK = ids_TNK.masked_fill(absent_N1, NO_EXPERT), weights_TNK.masked_fill(absent_N1, 0.0)
     if step.shares_TE is not None:
         step.shares_TE.scatter_add_(1, ids_TNK.flatten(1).clamp_min(0), weights_TNK.flatten(1))
     if step.slot_E is None:
@@ -72,14 +76,12 @@ def _route_generation(
     return torch.where(ids_TNK >= 0, step.slot_E[ids_TNK.clamp_min(0)], NO_EXPERT), weights_TNK
 
 
-def _choose(
-    x_TH: Tensor, gate_PH: Tensor, num_linears: int, step: StepRouting, complete: Complete
-) -> tuple[Tensor, Tensor]:
+def _choose(x_TH: Tensor, gates: GroupGates, step: StepRouting) -> tuple[Tensor, Tensor]:
     """Expert ids of the generation, and weights."""
-    shape = (-1, num_linears, -1)
+    shape = (-1, gates.num_linears, -1)
     if not step.gated:
         return step.ids_TK[:, None].expand(shape), step.weights_TK[:, None].expand(shape)
-    logits_TNE = complete(gate_logits(x_TH, gate_PH, num_linears))
+    logits_TNE = gates.complete(gate_logits(x_TH, gates.stacked[step.index], gates.num_linears))
     if step.prototype_E is not None:
         logits_TNE = torch.where(step.prototype_E, logits_TNE.abs(), logits_TNE)
     if step.top_k_T is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_dist.moe.dispatcher import Dispatched, Dispatcher
-from meteora_dist.moe.gate import route
+from meteora_dist.moe.gate import GroupGates, route
 from meteora_dist.moe.load import SlotLoads
 from meteora_dist.moe.routing import NO_EXPERT, PassRouting
 from meteora_dist.moe.sharding import GroupShape
@@ -56,18 +56,19 @@ class RoutingContext:
 class GroupState:
     """All of a group that may change while it serves. It is replaced whole, between two passes.
 
-    A new state shares what stays: ``replace(state, stack=stack([*kept, *added], ...))`` copies no matrix, and the old
-    one serves on until ``RoutedGroup.state`` is assigned.
+    A new state shares what stays with the old one, which serves on until ``RoutedGroup.state`` is assigned.
 
     Attributes:
         gates: Stacked gates, fp32, of every live generation in the order of ``LiveGeneration.index``; see
             ``meteora_dist.moe.gate.gate_logits``.
+        absent: For each of them, which linears no expert of the generation adapts, bool [N, 1]; None for none.
         targets_DG: Which group computes which slot of the roster for this rank's tokens; see
             ``meteora_dist.moe.dispatcher.targets_of``.
         stack: The experts of this rank's group by local id, as far as this rank holds them.
     """
 
     gates: tuple[Tensor, ...]
+    absent: tuple[Tensor | None, ...]
     targets_DG: Tensor
     stack: LoraStack
 
@@ -114,7 +115,8 @@ class RoutedGroup(nn.Module):
         step = self._context.step
         if step is None:
             return None
-        slots_TNK, weights_TNK = route(x_TH, self.state.gates, len(self.names), step, self._complete_logits)
+        gates = GroupGates(len(self.names), self.state.gates, self.state.absent, self._complete_logits)
+        slots_TNK, weights_TNK = route(x_TH, gates, step)
         self._context.loads.see(slots_TNK)
         return self._exchange(x_TH, slots_TNK, weights_TNK)
 

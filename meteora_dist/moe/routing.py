@@ -60,27 +60,33 @@ class LiveGeneration:
 
     Attributes:
         num_experts: E.
+        num_linears: Linears that at least one of them adapts.
         index: Its place among the live generations, and so among the gates of every routed group.
         slot_E: The roster's slot of every expert; None where expert e is in slot e.
         prototype_E: True for experts whose gate rows are prototypes: their logit is |g . x|. None when none are.
     """
 
     num_experts: int
+    num_linears: int
     index: int = 0
     slot_E: Tensor | None = None
     prototype_E: Tensor | None = None
 
 
-def live_generations(roster: Roster, prototypes: Mapping[int, Sequence[bool]]) -> dict[int, LiveGeneration]:
+def live_generations(
+    roster: Roster, prototypes: Mapping[int, Sequence[bool]], linears: Mapping[int, int]
+) -> dict[int, LiveGeneration]:
     """What routing must know of the live generations, by number; their gates stand in the same order.
 
     Args:
         roster: The live generations.
         prototypes: For each of them, whether each expert's gate rows are prototypes.
+        linears: For each of them, how many linears at least one expert adapts.
     """
     return {
         number: LiveGeneration(
             num_experts=len(slots),
+            num_linears=linears[number],
             index=index,
             slot_E=None if slots == tuple(range(len(slots))) else torch.tensor(slots),
             prototype_E=torch.tensor(prototypes[number]) if any(prototypes[number]) else None,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from meteora_dist.moe.gate import gate_logits
-from meteora_dist.moe.inject import RoutedModel
 from meteora_dist.moe.layer import RoutedGroup
+from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import RoutingChoice, named, plan_step, slots_of
 from meteora_dist.training.gate_loss import IGNORE, shifted_labels, token_gate_loss
 

@@ -22,7 +22,8 @@ from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.lockstep import join
 from meteora_dist.engine.rank import RankEngine, load_routed
 from meteora_dist.engine.request import GenerationRequest
-from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.inject import inject
+from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
 from tests.support.ranks import meet, run_ranks
 from tests.support.tiny import SPECS, VOCABULARY, Spec, load_tiny_llama, write_tiny_bank

@@ -18,7 +18,8 @@ from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
 from meteora_dist.errors import BankError, EngineUnavailable, InvalidRequest, ModelError, PromptTooLong
-from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.inject import inject
+from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
 from tests.support.ranks import run_ranks
 from tests.support.tiny import SPECS, load_tiny_llama

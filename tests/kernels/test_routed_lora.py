@@ -199,3 +199,11 @@ def test_a_small_stack_is_served_densely(monkeypatch: pytest.MonkeyPatch) -> Non
     assert plan.arrange(pairs).packed is not None
     monkeypatch.setattr(plan, "DENSE_COLUMNS", max(pairs.columns) - 1)
     assert plan.arrange(pairs).packed is None
+
+
+def test_a_stack_without_experts_adds_nothing() -> None:
+    nobody = plan.arrange(stack([], 12, (8, 4), torch.float32))
+    ids_TNK, weights_TNK = torch.full((3, 2, 2), -1), torch.zeros(3, 2, 2)
+    deltas = plan.routed_lora(torch.ones(3, 12), nobody, ids_TNK, weights_TNK)
+    assert [tuple(delta_TO.shape) for delta_TO in deltas] == [(3, 8), (3, 4)]
+    assert all(delta_TO.abs().sum() == 0 for delta_TO in deltas)

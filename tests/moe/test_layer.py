@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from meteora_dist.bank import Bank
-from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.inject import inject
+from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
 from meteora_kernels.routed_lora.dense import routed_lora_dense
 from meteora_kernels.routed_lora.grouped import routed_lora_grouped

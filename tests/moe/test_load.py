@@ -43,5 +43,5 @@ def test_a_pass_counts_every_token_of_every_linear(tiny_base: Path, tiny_bank: B
         routed.model(torch.arange(12)[None], use_cache=False)
     counts = routed.context.loads.counts(len(SPECS))
     # Three tokens with two experts each, five with one; in every linear.
-    assert sum(counts) == (3 * 2 + 5) * routed.num_linears
-    assert counts[1] >= 5 * routed.num_linears
+    assert sum(counts) == (3 * 2 + 5) * routed.newest.num_linears
+    assert counts[1] >= 5 * routed.newest.num_linears

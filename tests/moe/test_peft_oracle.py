@@ -11,7 +11,8 @@ from torch import Tensor
 
 from meteora_dist.bank import Bank
 from meteora_dist.moe import gate
-from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.inject import inject
+from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import RoutingChoice, named, plan_step
 from tests.support.tiny import SPECS, VOCABULARY, load_tiny_llama
 

@@ -63,6 +63,7 @@ def routed_group(linears: tuple[LinearShape, ...], mesh: Mesh, rank: int, world:
     gates = torch.randn(len(linears) * DEMAND.experts, shape.in_features, generator=torch.Generator().manual_seed(1))
     state = GroupState(
         gates=(gates[:, shape.inputs].contiguous(),),
+        absent=(None,),
         targets_DG=targets_of(placement, group),
         stack=stack_experts(experts, shape, torch.bfloat16, torch.device("cpu")),
     )

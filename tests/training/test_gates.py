@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from meteora_dist.bank import Bank
-from meteora_dist.moe.inject import RoutedModel, inject
+from meteora_dist.moe.inject import inject
 from meteora_dist.moe.layer import RoutedGroup
+from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.training.gate_loss import IGNORE, gate_loss
 from meteora_dist.training.local_gates import GateBatch, GateMetrics, LocalFit, fit_gates
 from meteora_kernels.routed_lora.stack import LoraPart

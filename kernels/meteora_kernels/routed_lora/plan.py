@@ -15,7 +15,8 @@ DENSE_COLUMNS = 512
 def arrange(stack: LoraStack) -> LoraStack:
     """The stack as its regime wants it: packed when it is small and made of whole pairs, as it is otherwise."""
     small = max(stack.columns, default=0) <= DENSE_COLUMNS
-    return pack(stack) if small and stack.whole else stack
+    # Without any expert there is nothing to pack; a group may hold none.
+    return pack(stack) if small and stack.experts and stack.whole else stack
 
 
 def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:

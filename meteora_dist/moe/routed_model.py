@@ -1,0 +1,122 @@
+"""A causal language model with routed linears, as one rank holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from meteora_dist.errors import BankError
+from meteora_dist.moe.dispatcher import Dispatcher, LocalDispatcher
+from meteora_dist.moe.holdings import Holdings, Resident, next_states, resident
+from meteora_dist.moe.layer import GroupState, RoutedGroup, RoutingContext
+from meteora_dist.moe.residency import Residency
+from meteora_dist.moe.routing import LiveGeneration
+from meteora_dist.moe.wire import Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands among those that share the experts.
+
+    Attributes:
+        group: Number of its expert-parallel group.
+        dispatcher: Brings rows to the groups that own their experts; by default nothing travels.
+        wire: Counts what it hands over; the dispatcher's own.
+    """
+
+    group: int = 0
+    dispatcher: Dispatcher = field(default_factory=LocalDispatcher)
+    wire: Wire = field(default_factory=Wire)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Holdings that a model can be switched to at once.
+
+    Attributes:
+        holdings: What will be held.
+        states: Of every group, in their order.
+    """
+
+    holdings: Holdings
+    states: tuple[GroupState, ...]
+
+
+class RoutedModel:
+    """A causal language model with routed linears.
+
+    Attributes:
+        model: The transformers model; its passes are routed by ``context``.
+        groups: The routed groups in the order a pass meets them.
+        context: How the pass under way is routed.
+        dispatcher: Of all groups.
+        wire: Counts what this rank hands over in the exchanges of its routed linears.
+        holdings: What it holds; ``prepare`` and ``switch`` change it.
+        live: The live generations by number, as routing needs them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: tuple[RoutedGroup, ...],
+        context: RoutingContext,
+        place: Place,
+        holdings: Holdings,
+    ) -> None:
+        """Joins what ``inject`` has made."""
+        self.model = model
+        self.groups = groups
+        self.context = context
+        self.dispatcher = place.dispatcher
+        self.wire = place.wire
+        self.holdings = holdings
+        self.live = holdings.live()
+        self._group = place.group
+
+    @property
+    def newest(self) -> LiveGeneration:
+        """The generation of requests that name none."""
+        return self.live[self.holdings.residency.roster.newest]
+
+    @property
+    def num_experts(self) -> int:
+        """E of the newest generation."""
+        return self.newest.num_experts
+
+    @property
+    def loads(self) -> tuple[int, ...]:
+        """How often tokens of this rank's requests were routed to each slot, for every linear; for any thread."""
+        return self.context.loads.counts(len(self.holdings.residency.roster.slots))
+
+    @property
+    def resident(self) -> Resident:
+        """Memory this rank uses for the bank."""
+        return resident([group.state for group in self.groups])
+
+    def serve(self, slots: int) -> None:
+        """Serves this rank's experts through one whole pass of the other ranks, without a base forward."""
+        for group in self.groups:
+            group.serve(slots)
+
+    def prepare(self, residency: Residency) -> Prepared:
+        """Loads what this rank lacks of ``residency``, while it serves on; for any thread.
+
+        Raises:
+            CheckpointError: A bank cannot be read, is another one than announced, or does not fit the loaded model.
+        """
+        now = self.holdings
+        then = Holdings.open(residency, now.banks)
+        base = next(iter(now.banks.values())).manifest.base_fingerprint
+        for bank in then.banks.values():
+            if bank.manifest.base_fingerprint != base:
+                raise BankError(bank.path, f"was made for another base model, {bank.manifest.base_model}")
+        return Prepared(then, next_states(self.groups, now, then, self._group))
+
+    def switch(self, prepared: Prepared) -> None:
+        """Puts ``prepared``, which was made from the present holdings, in force: between two passes, on all ranks."""
+        for group, state in zip(self.groups, prepared.states, strict=True):
+            group.state = state
+        before, after = self.holdings.residency.roster, prepared.holdings.residency.roster
+        self.context.loads.renumber(before.slots, after.slots)
+        self.holdings, self.live = prepared.holdings, prepared.holdings.live()
