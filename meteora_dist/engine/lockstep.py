@@ -13,6 +13,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 """How long a rank waits for the others before it gives up."""
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""What torch.distributed exchanges tensors with, by the device a rank computes on; votes are CPU tensors everywhere."""
 _NAP = timedelta(hours=1)
 
 

@@ -167,7 +167,9 @@ class LockstepManager(ContinuousBatchingManager):
             choices = [request.routing for request in requests]
             generations = [_generation(request) for request in requests]
             traced = any(request.trace for request in requests)
-            step = plan_pass(choices, lengths, generations, self._routed.live, slots, traced)
+            # The pass reads its plan where the model is.
+            with torch.device(self.model.device):
+                step = plan_pass(choices, lengths, generations, self._routed.live, slots, traced)
         with self._routed.context.routed(step):
             self._generation_step()
         self._keep_shares(futures, requests, lengths, step)

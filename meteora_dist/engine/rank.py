@@ -14,12 +14,12 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
-from meteora_dist.engine.lockstep import COLLECTIVE_TIMEOUT, join
+from meteora_dist.engine.lockstep import BACKENDS, COLLECTIVE_TIMEOUT, join
 from meteora_dist.engine.manager import LockstepManager, Shares
 from meteora_dist.engine.mesh import Mesh
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
-from meteora_dist.model.load import load_base, torch_dtype
+from meteora_dist.model.load import accelerator, load_base, torch_dtype
 from meteora_dist.moe.equal_exchange import AdaptiveDispatcher
 from meteora_dist.moe.holdings import Holdings, Resident
 from meteora_dist.moe.inject import inject_holdings
@@ -64,7 +64,7 @@ class RankEngine:
             CheckpointError: Model or bank cannot be used; the message says why.
         """
         torch.set_num_threads(config.threads)
-        lockstep = join(rank, config.mesh.size, rendezvous)
+        lockstep = join(rank, config.mesh.size, rendezvous, BACKENDS[accelerator().type])
         self._drivers = config.mesh.drivers
         self._rank = rank
         self.routed = load_routed(config, rank, residency)

@@ -32,8 +32,13 @@ def torch_dtype(name: Dtype) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def accelerator() -> torch.device:
+    """Where this process computes: its CUDA device when it has one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> PreTrainedModel:
-    """The causal language model in ``folder``, in evaluation mode, with frozen weights.
+    """The causal language model in ``folder``, on the accelerator, in evaluation mode, with frozen weights.
 
     With ``tp`` above 1 the process must be one of ``ep * tp`` in the default process group, and every one of them has
     to call: neighbours form a tp group, and each reads only its own slices of the weights.
@@ -52,6 +57,9 @@ def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> Pre
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise ModelError(folder, f"cannot be loaded as a causal language model: {error}") from error
+    if tp == 1:
+        # The parts of a split model are on their devices already.
+        model.to(accelerator())  # type: ignore[arg-type]  # transformers' own signature of to() hides torch's
     model.eval()
     model.requires_grad_(False)
     return model

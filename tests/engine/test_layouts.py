@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meteora_cluster.member import free_port
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.lockstep import join
@@ -25,7 +24,7 @@ from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
-from tests.support.ranks import meet, run_ranks
+from tests.support.ranks import meet, rendezvous, run_ranks
 from tests.support.tiny import SPECS, VOCABULARY, Spec, load_tiny_llama, write_tiny_bank
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (3, 1)]
@@ -99,14 +98,14 @@ async def together(engine: RankEngine, requests: list[GenerationRequest]) -> Ser
     return {request.request_id: answer for request, answer in zip(requests, answers, strict=True)}
 
 
-def run_layout(rank: int, config: EngineConfig, folder: Path, ports: tuple[int, int]) -> Answers:
+def run_layout(rank: int, config: EngineConfig, folder: Path) -> Answers:
     mesh = config.mesh
     group, driver = mesh.ep_rank(rank), rank in mesh.drivers
-    join(rank, mesh.size, f"tcp://127.0.0.1:{ports[0]}")
+    join(rank, mesh.size, rendezvous(folder, "first", rank))
     answers = forward_cases(load_routed(config, rank), group)
     if mesh.size > 1:
         dist.destroy_process_group()
-    engine = RankEngine(config, rank, f"tcp://127.0.0.1:{ports[1]}")
+    engine = RankEngine(config, rank, rendezvous(folder, "second", rank))
     if not driver:
         with pytest.raises(ValueError, match="takes no requests"):
             asyncio.run(together(engine, REQUESTS[:1]))
@@ -119,13 +118,13 @@ def run_layout(rank: int, config: EngineConfig, folder: Path, ports: tuple[int, 
     return Answers(answers, spread, lone)
 
 
-def run_all(rank: int, configs: list[EngineConfig], folder: Path, ports: list[tuple[int, int]]) -> list[Answers | None]:
+def run_all(rank: int, configs: list[EngineConfig], folder: Path) -> list[Answers | None]:
     """Every layout in turn, in the processes that are there; None where this rank has no part in one."""
     answers: list[Answers | None] = []
-    for number, (config, pair) in enumerate(zip(configs, ports, strict=True)):
+    for number, config in enumerate(configs):
         place = folder / str(number)
         place.mkdir(exist_ok=True)
-        answers.append(run_layout(rank, config, place, pair) if rank < config.mesh.size else None)
+        answers.append(run_layout(rank, config, place) if rank < config.mesh.size else None)
     return answers
 
 
@@ -141,8 +140,7 @@ def worlds(tiny_base: Path, bank: Bank, tmp_path_factory: pytest.TempPathFactory
         EngineConfig(model=tiny_base, bank=bank.path, ep=ep, tp=tp, max_batch_tokens=32, kv_cache_tokens=4096)
         for ep, tp in LAYOUTS
     ]
-    ports = [(free_port(), free_port()) for _ in configs]
-    by_rank = run_ranks(4, run_all, configs, tmp_path_factory.mktemp("meet"), ports, join=False)
+    by_rank = run_ranks(4, run_all, configs, tmp_path_factory.mktemp("meet"), join=False)
     return {
         layout: [answers[number] for answers in by_rank[: layout[0] * layout[1]]]
         for number, layout in enumerate(LAYOUTS)

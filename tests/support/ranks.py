@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from meteora_cluster.member import free_port
+
 TIMEOUT_S = 120
 PRELOAD = ["meteora_dist.engine.rank", "tests.support.tiny"]
 """What every rank imports; one process does it for all ranks of a test run, and they are forked from it."""
@@ -57,6 +59,20 @@ def meet(folder: Path, name: str, rank: int, world: int) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"rank {rank} waited {TIMEOUT_S} s for the others at {name}")
         time.sleep(0.01)
+
+
+def rendezvous(folder: Path, name: str, rank: int) -> str:
+    """Where the ranks meet: rank 0 picks a free port at the last moment, and the others read which."""
+    place, partial = folder / name, folder / f"{name}.partial"
+    if rank == 0:
+        partial.write_text(f"tcp://127.0.0.1:{free_port()}")
+        partial.rename(place)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not place.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {rank} waited {TIMEOUT_S} s to hear where the ranks meet")
+        time.sleep(0.01)
+    return place.read_text()
 
 
 def _run(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
