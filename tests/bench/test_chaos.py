@@ -42,6 +42,7 @@ def test_a_pause_counts_from_the_fault() -> None:
     assert got.pause_s(9.5, 20.0) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_home")
