@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from meteora_dist.evaluation.tasks import TaskRow, read_task, split
 
+BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 TASKS = (
     "logical_deduction",
     "question_selection",

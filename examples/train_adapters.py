@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_tasks import TASKS, encode, task_rows
+from demo_tasks import BASE_ID, TASKS, encode, task_rows
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -120,6 +120,8 @@ def train(base: Path, name: str, recipe: Recipe, rows: list[TaskRow], out: Path)
             print(f"{name} {step + 1}/{len(plan)} loss {recent:.4f} {seen / spent:.0f} tokens/s", flush=True)
     for parameter in parameters:
         parameter.data = parameter.data.to(torch.bfloat16)
+    # The name of the base, not the folder it happened to lie in: the adapter is used on other machines.
+    peft_model.peft_config["default"].base_model_name_or_path = BASE_ID
     peft_model.save_pretrained(out / name)
 
 

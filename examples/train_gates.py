@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from demo_tasks import TASKS, encode, task_rows
+from demo_tasks import BASE_ID, TASKS, encode, task_rows
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -28,7 +28,6 @@ from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.training.local_gates import GateBatch, GateMetrics, LocalFit, fit_gates
 
-BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SEED = 20250403
 
 

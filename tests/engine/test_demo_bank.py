@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,10 @@ def test_a_trained_task_is_answered_by_its_own_expert(alone: list[list[TokenEven
 def test_a_base_split_in_three_equals_one(demo_model: Path, alone: list[list[TokenEvent]], tmp_path: Path) -> None:
     # Nine heads, three KV heads: three is the only way to split this model. Ranks of 8 and 16 do not divide by it.
     assert token_ids(spread(demo_model, tmp_path, ep=1, tp=3)) == token_ids(alone)
+
+
+def test_adapters_name_their_base_and_no_folder_of_the_machine_they_were_made_on() -> None:
+    bank = Bank.open(EXAMPLES / "bank")
+    for name in bank.names:
+        config = json.loads((bank.path / "experts" / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == bank.manifest.base_model, name
