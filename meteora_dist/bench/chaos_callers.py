@@ -125,9 +125,10 @@ class Callers:
             routing=pb.Routing(trace=True),
         )
         async for message in self._stub.GenerateStream(request, timeout=TIMEOUT_S):
-            stream.add([token.id for token in message.routing.tokens], message.text)
-            if message.finish_reason:
-                reason = pb.FinishReason.Name(message.finish_reason).removeprefix("FINISH_REASON_").lower()
+            choice = message.choice
+            stream.add([token.id for token in choice.routing.tokens], choice.text)
+            if choice.finish_reason:
+                reason = pb.FinishReason.Name(choice.finish_reason).removeprefix("FINISH_REASON_").lower()
                 stream.ending = (reason, message.usage.prompt_tokens, message.usage.completion_tokens)
 
 

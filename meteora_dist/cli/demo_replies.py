@@ -87,11 +87,14 @@ def from_json(parts: Sequence[Json], content: str) -> Reply:
 
 def from_messages(messages: Sequence[pb.GenerateResponse | pb.GenerateStreamResponse]) -> Reply:
     """The reply in one whole message, or in the messages of a stream; AskFailed as for :func:`from_json`."""
-    tokens = [Token(token.token, tuple(token.shares)) for message in messages for token in message.routing.tokens]
-    text = "".join(message.text for message in messages)
-    last = messages[-1]
+    choices = [
+        message.choices[0] if isinstance(message, pb.GenerateResponse) else message.choice for message in messages
+    ]
+    tokens = [Token(token.token, tuple(token.shares)) for choice in choices for token in choice.routing.tokens]
+    text = "".join(choice.text for choice in choices)
+    last = choices[-1]
     finished = last.finish_reason != pb.FINISH_REASON_UNSPECIFIED
-    return _complete(text, tokens, last.routing.dominating or None, finished, last.usage.completion_tokens)
+    return _complete(text, tokens, last.routing.dominating or None, finished, messages[-1].usage.completion_tokens)
 
 
 def _complete(text: str, tokens: Sequence[Token], dominating: str | None, finished: bool, produced: int) -> Reply:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -19,16 +21,32 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from meteora_dist.engine.changes import Changes
 from meteora_dist.engine.lockstep import Lockstep, Vote
-from meteora_dist.engine.request import GenerationRequest
-from meteora_dist.engine.sampling import RequestSampler
+from meteora_dist.engine.request import GenerationRequest, Logprobs
+from meteora_dist.engine.sampler import RequestSampler
+from meteora_dist.engine.shares import ShareKeeper, Shares
 from meteora_dist.engine.zeros import ZerosOnDemand
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.routed_model import RoutedModel
-from meteora_dist.moe.routing import PassRouting, plan_pass, slots_of_pass
+from meteora_dist.moe.routing import plan_pass, slots_of_pass
 
-Shares = tuple[float, ...]
-Deliver = Callable[[GenerationOutput, Shares | None], None]
-"""Receives a request's output so far and the shares of its newest token, on the generation thread."""
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What is known of a request's newest token.
+
+    Attributes:
+        shares: The experts', when the request asked for them.
+        logprobs: Likewise.
+        failure: Why the request cannot go on; the token is none of its answer then.
+    """
+
+    shares: Shares | None = None
+    logprobs: Logprobs | None = None
+    failure: str | None = None
+
+
+Deliver = Callable[[GenerationOutput, Notes], None]
+"""Receives a request's output so far and what is known of its newest token, on the generation thread."""
 
 
 class LockstepManager(ContinuousBatchingManager):
@@ -43,6 +61,7 @@ class LockstepManager(ContinuousBatchingManager):
         routed: RoutedModel,
         generation_config: GenerationConfig,
         batching_config: ContinuousBatchingConfig,
+        sampler: RequestSampler,
         deliver: Deliver,
         lockstep: Lockstep,
     ) -> None:
@@ -52,12 +71,13 @@ class LockstepManager(ContinuousBatchingManager):
             routed: The model, its groups bound to the dispatcher of the world.
             generation_config: Defaults of the model.
             batching_config: Limits of batch and cache.
+            sampler: Draws the tokens.
             deliver: Receives every new token.
             lockstep: Keeps the ranks of the world together.
         """
         # transformers names a private protocol that its own PreTrainedModel does not spell out.
         super().__init__(routed.model, generation_config, batching_config)  # type: ignore[arg-type]
-        self.logit_processor = RequestSampler()
+        self.logit_processor = self._sampler = sampler
         self.output_router = _Router(self)
         self._routed = routed
         self._lockstep = lockstep
@@ -66,7 +86,7 @@ class LockstepManager(ContinuousBatchingManager):
         self._asleep = False
         self._wake_up_loop = _WakeUp(lockstep)
         self._deliver = deliver
-        self._shares: dict[str, Shares] = {}
+        self._keep = ShareKeeper()
 
     def submit(self, request: GenerationRequest, eos_token_id: int | list[int]) -> None:
         """Queues a request; its tokens arrive at ``deliver``.
@@ -106,8 +126,12 @@ class LockstepManager(ContinuousBatchingManager):
         super().join(stop_trigger_time, timeout)
 
     def deliver(self, output: GenerationOutput) -> None:
-        """Passes on an output with the shares of its newest token."""
-        self._deliver(output, self._shares.pop(output.request_id, None))
+        """Passes on an output with what is known of its newest token."""
+        key = output.request_id
+        notes = Notes(
+            self._keep.take(key), self._sampler.logprobs.pop(key, None), self._sampler.failures.pop(key, None)
+        )
+        self._deliver(output, notes)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         with ZerosOnDemand():
@@ -166,33 +190,17 @@ class LockstepManager(ContinuousBatchingManager):
         if slots:
             choices = [request.routing for request in requests]
             generations = [_generation(request) for request in requests]
-            traced = any(request.trace for request in requests)
+            traced = any(request.trace or request.vote for request in requests)
             # The pass reads its plan where the model is.
             with torch.device(self.model.device):
                 step = plan_pass(choices, lengths, generations, self._routed.live, slots, traced)
         with self._routed.context.routed(step):
             self._generation_step()
-        self._keep_shares(futures, requests, lengths, step)
-        batch_processor.update_batch()
-
-    def _keep_shares(
-        self,
-        futures: list[FutureRequestState],
-        requests: list[GenerationRequest],
-        lengths: list[int],
-        step: PassRouting | None,
-    ) -> None:
-        """Notes the shares at each traced request's last position, which produced its new token."""
-        last = -1
-        for future, request, length in zip(futures, requests, lengths, strict=True):
-            last += length
-            if not (request.trace and future.has_new_token):
-                continue
+        self._keep.start(batch_processor.scheduler.active_requests)
+        for future, request, end in zip(futures, requests, accumulate(lengths), strict=True):
             live = self._routed.live[_generation(request)]
-            shares_E = None if step is None else step.shares_of(last)
-            self._shares[request.request_id] = (
-                (0.0,) * live.num_experts if shares_E is None else tuple((shares_E / live.num_linears).tolist())
-            )
+            self._keep.note(future, request, end - future.query_length, step, live)
+        batch_processor.update_batch()
 
 
 class _WakeUp(threading.Event):

@@ -14,10 +14,12 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.grammar import Grammars
 from meteora_dist.engine.lockstep import BACKENDS, COLLECTIVE_TIMEOUT, join
-from meteora_dist.engine.manager import LockstepManager, Shares
+from meteora_dist.engine.manager import LockstepManager, Notes
 from meteora_dist.engine.mesh import Mesh
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
+from meteora_dist.engine.sampler import RequestSampler
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from meteora_dist.model.load import accelerator, load_base, torch_dtype
 from meteora_dist.moe.equal_exchange import AdaptiveDispatcher
@@ -37,7 +39,7 @@ class _Live:
 
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent | EngineUnavailable] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[TokenEvent | EngineUnavailable | InvalidRequest] = field(default_factory=asyncio.Queue)
     sent: int = 0
 
 
@@ -71,8 +73,15 @@ class RankEngine:
         self.generation_config = _generation_config(self.routed.model)
         self._max_len = config.max_model_len
         self._live: dict[str, _Live] = {}
+        vocabulary = self.routed.model.config.get_text_config().vocab_size
+        self._grammars = Grammars(config.model, vocabulary, self._eos())
         self._manager = LockstepManager(
-            self.routed, self.generation_config, _batching_config(config), self._deliver, lockstep
+            self.routed,
+            self.generation_config,
+            _batching_config(config),
+            RequestSampler(self._grammars),
+            self._deliver,
+            lockstep,
         )
         self._manager.start()
 
@@ -80,8 +89,9 @@ class RankEngine:
         """Yields the request's tokens as they are produced; closing the iterator cancels the request.
 
         Raises:
-            InvalidRequest: The prompt is empty or holds ids outside the vocabulary, ``max_tokens`` is not positive, or
-                the generation or an expert it names is not here.
+            InvalidRequest: The prompt is empty or holds ids outside the vocabulary, as may ``logit_bias``;
+                ``max_tokens`` is not positive; the generation or an expert it names is not here; or its grammar turns
+                out to be too complex.
             PromptTooLong: Prompt and answer exceed ``max_model_len``.
             EngineUnavailable: The loop has died, before or while the request ran.
             ValueError: This rank is not the first of its tp group.
@@ -92,13 +102,16 @@ class RankEngine:
         if request.generation is None:
             request = replace(request, generation=self.routed.holdings.residency.roster.newest)
         self._refuse_unservable(request)
+        if request.grammar is not None:
+            # Read here, and not in the middle of everybody's batch.
+            await asyncio.to_thread(self._grammars.load)
         live = _Live(request, asyncio.get_running_loop())
         self._live[request.request_id] = live
         try:
             self._submit(request)
             while True:
                 event = await live.events.get()
-                if isinstance(event, EngineUnavailable):
+                if not isinstance(event, TokenEvent):
                     raise event
                 yield event
                 if event.finish_reason is not None:
@@ -178,6 +191,8 @@ class RankEngine:
         vocabulary = self.routed.model.config.get_text_config().vocab_size
         if not request.prompt_ids or min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocabulary:
             raise InvalidRequest(f"the prompt must be one or more token ids from 0 to {vocabulary - 1}", "prompt")
+        if any(not 0 <= token < vocabulary for token, _ in request.sampling.logit_bias):
+            raise InvalidRequest(f"logit_bias must name token ids from 0 to {vocabulary - 1}", "logit_bias")
         if request.max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {request.max_tokens}, but must be at least 1", "max_tokens")
         self._refuse_unknown_experts(request)
@@ -199,28 +214,30 @@ class RankEngine:
                 f"{bank.num_experts}"
             )
 
-    def _eos(self) -> int | list[int]:
-        eos: int | list[int] = self.generation_config.eos_token_id
-        return eos
+    def _eos(self) -> list[int]:
+        eos: int | list[int] | None = self.generation_config.eos_token_id
+        return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
-    def _deliver(self, output: GenerationOutput, shares: Shares | None) -> None:
+    def _deliver(self, output: GenerationOutput, notes: Notes) -> None:
         over = output.is_finished()
         live = self._live.pop(output.request_id, None) if over else self._live.get(output.request_id)
         if live is None:
             return
-        for event in self._events(live, output, shares):
+        for event in self._events(live, output, notes):
             # The caller's loop may be gone already; then nobody waits for the event.
             with contextlib.suppress(RuntimeError):
                 live.loop.call_soon_threadsafe(live.events.put_nowait, event)
 
     def _events(
-        self, live: _Live, output: GenerationOutput, shares: Shares | None
-    ) -> list[TokenEvent | EngineUnavailable]:
+        self, live: _Live, output: GenerationOutput, notes: Notes
+    ) -> list[TokenEvent | EngineUnavailable | InvalidRequest]:
+        if notes.failure is not None:
+            return [InvalidRequest(notes.failure, "response_format")]
         new = output.generated_tokens[live.sent :]
         reasons = [self._finish_reason(token, live.sent + count, live.request) for count, token in enumerate(new, 1)]
         live.sent += len(new)
-        events: list[TokenEvent | EngineUnavailable] = [
-            TokenEvent(token, reason, shares) for token, reason in zip(new, reasons, strict=True)
+        events: list[TokenEvent | EngineUnavailable | InvalidRequest] = [
+            TokenEvent(token, reason, notes.shares, notes.logprobs) for token, reason in zip(new, reasons, strict=True)
         ]
         # A loop that fails after a request's last token has not failed that request.
         if output.error is not None and not any(reasons):
@@ -229,9 +246,7 @@ class RankEngine:
 
     def _finish_reason(self, token: int, number: int, request: GenerationRequest) -> FinishReason | None:
         """Why the answer ends with its ``number``-th token, if it does."""
-        eos = self._eos()
-        ended = token in eos if isinstance(eos, list) else token == eos
-        if ended and not request.ignore_eos:
+        if token in self._eos() and not request.ignore_eos:
             return "stop"
         return "length" if number == request.max_tokens else None
 

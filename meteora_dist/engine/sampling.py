@@ -1,17 +1,41 @@
-"""Drawing the next token, request by request.
+"""Drawing the next token of one request: pure functions of its logits and its own tokens.
 
-Shapes: B tokens drawn in one pass, V vocabulary.
+Shapes: V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
-from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from meteora_dist.engine.request import Sampling
+from meteora_dist.engine.request import Logprobs, Sampling
+
+_CUT = float("-inf")
+
+
+def adjusted(logits_V: Tensor, sampling: Sampling, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+    """Logits with penalties and biases, in fp32; the very tensor when there are none.
+
+    Args:
+        logits_V: Of the model.
+        sampling: What to apply.
+        prompt_ids: The tokens of the prompt.
+        answer_ids: The tokens produced so far.
+    """
+    if sampling.repetition_penalty != 1:
+        seen_V = _counts(logits_V, (*prompt_ids, *answer_ids)) > 0
+        penalty = sampling.repetition_penalty
+        logits_V = torch.where(seen_V, torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        counts_V = _counts(logits_V, answer_ids)
+        logits_V = logits_V - sampling.frequency_penalty * counts_V - sampling.presence_penalty * (counts_V > 0)
+    if sampling.logit_bias:
+        ids, values = zip(*sampling.logit_bias, strict=True)
+        bias = torch.tensor(values, dtype=logits_V.dtype, device=logits_V.device)
+        logits_V = logits_V.index_add(0, torch.tensor(ids, device=logits_V.device), bias)
+    return logits_V
 
 
 def draw_scores(logits_V: Tensor, sampling: Sampling, position: int) -> Tensor:
@@ -22,46 +46,39 @@ def draw_scores(logits_V: Tensor, sampling: Sampling, position: int) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits_V
-    scaled_V = logits_V / sampling.temperature
-    if sampling.top_p < 1:
-        sorted_V, order_V = scaled_V.sort(descending=True, stable=True)
-        probabilities_V = sorted_V.softmax(-1)
-        # A token stays while the sum before it is below top_p, so the most probable one always does.
-        beyond_V = probabilities_V.cumsum(-1) - probabilities_V >= sampling.top_p
-        scaled_V = scaled_V.masked_fill(torch.zeros_like(beyond_V).scatter(0, order_V, beyond_V), float("-inf"))
+    scaled_V = _cut(logits_V / sampling.temperature, sampling)
     generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + position) % 2**63)
     uniform_V = torch.rand(logits_V.shape[-1], generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
-    return scaled_V - torch.log(-torch.log(uniform_V))
+    return scaled_V - torch.log(-torch.log(uniform_V)).to(scaled_V.device)
 
 
-class RequestSampler(ContinuousBatchingLogitsProcessorList):
-    """Puts each request's own sampling where transformers keeps one list of processors for all."""
+def logprobs_of(logits_V: Tensor, token: int, top: int) -> Logprobs:
+    """The report on ``token``, with the ``top`` most probable tokens beside it; ties go to the smaller id."""
+    log_V = torch.log_softmax(logits_V.float(), dim=-1)
+    values, ids = log_V.sort(descending=True, stable=True)
+    return Logprobs(float(log_V[token]), tuple(zip(ids[:top].tolist(), values[:top].tolist(), strict=True)))
 
-    def __init__(self) -> None:
-        """Starts before the first batch."""
-        super().__init__(LogitsProcessorList())
-        self.do_processing = True
-        self._rows: list[tuple[Sampling, int]] = []
 
-    def check_kwargs(self, kwargs: dict[str, object]) -> None:
-        """Accepts what the manager sends: the request itself."""
+def _cut(scaled_V: Tensor, sampling: Sampling) -> Tensor:
+    """Minus infinity for the tokens that are not drawn from: by ``min_p``, then ``top_k``, then ``top_p``."""
+    if sampling.min_p > 0:
+        probabilities_V = scaled_V.softmax(-1)
+        scaled_V = scaled_V.masked_fill(probabilities_V < sampling.min_p * probabilities_V.max(), _CUT)
+    if not sampling.top_k and sampling.top_p >= 1:
+        return scaled_V
+    sorted_V, order_V = scaled_V.sort(descending=True, stable=True)
+    beyond_V = torch.zeros_like(order_V, dtype=torch.bool)
+    if sampling.top_k:
+        beyond_V[sampling.top_k :] = True
+        sorted_V = sorted_V.masked_fill(beyond_V, _CUT)
+    if sampling.top_p < 1:
+        probabilities_V = sorted_V.softmax(-1)
+        # A token stays while the sum before it is below top_p, so the most probable one always does.
+        beyond_V |= probabilities_V.cumsum(-1) - probabilities_V >= sampling.top_p
+    return scaled_V.masked_fill(torch.zeros_like(beyond_V).scatter(0, order_V, beyond_V), _CUT)
 
-    def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
-        """Notes how each token of the coming pass is drawn, and at which position.
 
-        The batch has advanced ``position_offset`` already: it counts all tokens before the drawn one, the same in
-        prefill, split or not, and in decoding. So a request that was interrupted draws as if it had not been.
-        """
-        self._rows = [
-            (future.state.logit_processor_kwargs["request"].sampling, future.state.position_offset)
-            for future in requests_in_batch
-            if future.has_new_token
-        ]
-        return arg_storage
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        """Scores_BV whose argmax is each request's token; rows beyond the noted ones belong to split prompts."""
-        for row, (sampling, position) in enumerate(self._rows):
-            if sampling.temperature > 0:
-                scores[row] = draw_scores(scores[row], sampling, position)
-        return scores
+def _counts(logits_V: Tensor, ids: Sequence[int]) -> Tensor:
+    """How often each token of the vocabulary is among ``ids``, in the dtype of the logits."""
+    counts_V = torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=logits_V.shape[-1])
+    return counts_V.to(logits_V.device, logits_V.dtype)

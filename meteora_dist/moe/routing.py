@@ -128,9 +128,11 @@ class StepRouting:
         """K of this pass."""
         return self.ids_TK.shape[1]
 
-    def shares_of(self, token: int) -> Tensor | None:
-        """Shares of a token of the pass, [E]; None when nobody asked."""
-        return None if self.shares_TE is None else self.shares_TE[token]
+    def shares_of(self, token: int, count: int = 1) -> Tensor | None:
+        """Shares of ``count`` tokens of the pass from ``token`` on, added up, [E]; None when nobody asked."""
+        if not 0 <= token <= token + count <= len(self.ids_TK):
+            raise IndexError(f"the pass has {len(self.ids_TK)} tokens, and none at {token} to {token + count - 1}")
+        return None if self.shares_TE is None else self.shares_TE[token : token + count].sum(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +150,12 @@ class MixedRouting:
         """K of this pass."""
         return self.parts[0][1].slots
 
-    def shares_of(self, token: int) -> Tensor | None:
-        """Shares of a token of the pass, [E of its generation]; None when nobody asked."""
+    def shares_of(self, token: int, count: int = 1) -> Tensor | None:
+        """As in ``StepRouting``, for tokens of one request, [E of its generation]."""
         for rows_T, part in self.parts:
             place = int(torch.searchsorted(rows_T, token))
             if place < len(rows_T) and rows_T[place] == token:
-                return part.shares_of(place)
+                return part.shares_of(place, count)
         raise IndexError(f"the pass has no token {token}")
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 from meteora_dist.bank import BankManifest
 from meteora_dist.errors import ExpertNotFound
-from meteora_dist.moe.routing import BASE, RoutingChoice, named
-from meteora_dist.serving.request import TextRequest
-
-AUTO_MODEL = "auto"
-BASE_MODEL = "base"
+from meteora_dist.moe.routing import BASE, RoutingChoice
+from meteora_dist.serving.selection import CHOOSING, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +29,35 @@ class Catalog:
     @property
     def models(self) -> tuple[str, ...]:
         """Every name a request may use."""
-        return (AUTO_MODEL, BASE_MODEL, *self.experts)
+        return (*CHOOSING, *self.experts)
 
-    def routing(self, request: TextRequest) -> RoutingChoice:
-        """The routing a request asks for.
+    def routing(self, selection: Selection) -> RoutingChoice:
+        """The routing a selection stands for; that of ``auto-sequence`` is how its vote is routed.
 
         Raises:
-            ExpertNotFound: Its model is not served; the message lists those that are.
+            ExpertNotFound: An expert is not served; the message lists those that are.
         """
-        self.check(request.model)
-        if request.model == BASE_MODEL:
+        if selection.mode == "base":
             return BASE
-        if request.model != AUTO_MODEL:
-            return named(self.experts.index(request.model))
+        if selection.experts:
+            return RoutingChoice("fixed", experts=tuple((self._index(name), w) for name, w in selection.experts))
         defaults = self.manifest.routing
         return RoutingChoice(
             mode="auto",
-            top_k=min(request.top_k or defaults.top_k, len(self.experts)),
-            temperature=request.gate_temperature or defaults.temperature,
+            top_k=min(selection.top_k or defaults.top_k, len(self.experts)),
+            temperature=selection.temperature or defaults.temperature,
         )
 
     def check(self, model: str) -> None:
-        """Raises ExpertNotFound for a model that is not served."""
+        """Raises ExpertNotFound for a model that is not listed."""
         if model not in self.models:
-            message = f"there is no model {model!r} here; served are {', '.join(self.models)}"
-            raise ExpertNotFound(message, "model")
+            self._missing(model)
+
+    def _index(self, expert: str) -> int:
+        if expert not in self.experts:
+            self._missing(expert)
+        return self.experts.index(expert)
+
+    def _missing(self, model: str) -> NoReturn:
+        message = f"there is no model {model!r} here; served are {', '.join(self.models)}"
+        raise ExpertNotFound(message, "model")

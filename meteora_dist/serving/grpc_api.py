@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
+from meteora_dist.engine.request import Sampling
 from meteora_dist.errors import InvalidRequest
+from meteora_dist.serving.json_grammar import json_grammar
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
-from meteora_dist.serving.request import Ending, Piece, TextRequest, TokenTrace, Turn, collect
-from meteora_dist.serving.service import TextService
+from meteora_dist.serving.request import (
+    Answer,
+    Ending,
+    Piece,
+    Prompt,
+    ScoredToken,
+    TextRequest,
+    TokenIds,
+    Turn,
+    Usage,
+    collect,
+    usage_of,
+)
+from meteora_dist.serving.selection import select
+from meteora_dist.serving.service import Prepared, TextService
 from meteora_dist.serving.status import INTERNAL, failure_of
 
 logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant")
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+_FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+}
 _MAX_DETAILS = 1000
 """Characters of a message: it travels in the trailers, which clients limit to a few kilobytes."""
 
@@ -50,14 +75,13 @@ class GrpcMethods:
         with _status(grpc_context):
             prepared = await self.service.prepare(text_request(request))
             async with aclosing(self.service.pieces(prepared)) as pieces:
-                answer = await collect(pieces)
+                answers = await collect(pieces, len(prepared.answers))
+            usage = usage_of(tuple(answer.ending for answer in answers), prepared.asked.n)
             return pb.GenerateResponse(
                 id=prepared.id,
                 model=prepared.asked.model,
-                text=answer.text,
-                finish_reason=_finish_reason(answer.ending),
-                usage=_usage(answer.ending),
-                routing=self._trace(prepared.asked, answer.tokens, answer.dominating),
+                choices=[_choice(prepared, answer) for answer in answers],
+                usage=_usage(usage),
             )
 
     async def GenerateStream(
@@ -66,10 +90,20 @@ class GrpcMethods:
         """Answers piece by piece."""
         with _status(grpc_context):
             prepared = await self.service.prepare(text_request(request))
+            endings: dict[int, Ending] = {}
             async with aclosing(self.service.pieces(prepared)) as pieces:
                 async for piece in pieces:
-                    if piece.text or piece.tokens or piece.ending:
-                        yield self._message(prepared.id, prepared.asked, piece)
+                    if piece.silent:
+                        continue
+                    message = pb.GenerateStreamResponse(
+                        id=prepared.id, model=prepared.asked.model, choice=_choice(prepared, piece)
+                    )
+                    if piece.ending is not None:
+                        endings[piece.index] = piece.ending
+                        if len(endings) == len(prepared.answers):
+                            in_order = tuple(endings[index] for index in range(len(endings)))
+                            message.usage.CopyFrom(_usage(usage_of(in_order, prepared.asked.n)))
+                    yield message
 
     async def ListExperts(self, request: pb.ListExpertsRequest, grpc_context: GrpcContext) -> pb.ListExpertsResponse:
         """Lists the experts."""
@@ -86,57 +120,76 @@ class GrpcMethods:
                 default_temperature=manifest.routing.temperature,
             )
 
-    def _message(self, request_id: str, asked: TextRequest, piece: Piece) -> pb.GenerateStreamResponse:
-        return pb.GenerateStreamResponse(
-            id=request_id,
-            model=asked.model,
-            text=piece.text,
-            finish_reason=_finish_reason(piece.ending),
-            usage=_usage(piece.ending),
-            routing=self._trace(asked, piece.tokens, piece.dominating),
-        )
-
-    def _trace(
-        self, asked: TextRequest, tokens: Sequence[TokenTrace], dominating: str | None
-    ) -> pb.RoutingTrace | None:
-        if not asked.trace:
-            return None
-        shown = [pb.TokenRouting(token=token.token, id=token.id, shares=token.shares) for token in tokens]
-        return pb.RoutingTrace(experts=self.service.catalog.experts, tokens=shown, dominating=dominating or "")
-
 
 def text_request(message: pb.GenerateRequest) -> TextRequest:
     """The protocol-independent request.
 
     Raises:
-        InvalidRequest: It has neither prompt nor chat, or a message's role is unknown.
+        InvalidRequest: It has no prompt, a message's role is unknown, or its routing options contradict each other.
     """
-    sampling, routing = message.sampling, message.routing
+    routing = message.routing
+    model = message.model or "auto"
+    experts = [(one.name, one.weight if one.HasField("weight") else None) for one in routing.experts]
     return TextRequest(
-        prompt=_prompt(message),
-        model=message.model or "auto",
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        seed=sampling.seed if sampling.HasField("seed") else None,
+        prompts=_prompts(message),
+        model=model,
+        selection=select(model, _mode(routing.mode), experts, _given(routing, "top_k"), _given(routing, "temperature")),
+        n=message.n if message.HasField("n") else 1,
+        max_tokens=_given(message, "max_tokens"),
+        sampling=_sampling(message.sampling),
+        seed=_given(message.sampling, "seed"),
         stop=tuple(message.stop),
-        top_k=routing.top_k if routing.HasField("top_k") else None,
-        gate_temperature=routing.temperature if routing.HasField("temperature") else None,
+        ignore_eos=message.ignore_eos,
+        top_logprobs=_given(message, "top_logprobs"),
+        grammar=_grammar(message.response_format),
         trace=routing.trace,
     )
 
 
-def _prompt(message: pb.GenerateRequest) -> str | tuple[Turn, ...]:
+def _given(message: Any, field: str) -> Any:
+    """The value of an optional field, or None."""
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _sampling(message: pb.Sampling) -> Sampling:
+    given = {name: value for name in _SAMPLING if (value := _given(message, name)) is not None}
+    return Sampling(**{"temperature": 1.0} | given, logit_bias=tuple(sorted(message.logit_bias.items())))
+
+
+def _mode(mode: pb.Mode) -> str | None:
+    if mode == pb.MODE_UNSPECIFIED:
+        return None
+    known = mode in pb.Mode.values()
+    return pb.Mode.Name(mode).removeprefix("MODE_").lower().replace("_", "-") if known else f"number {mode}"
+
+
+def _grammar(message: pb.ResponseFormat) -> str | None:
+    kind = message.WhichOneof("type")
+    if kind == "json_schema":
+        try:
+            schema = json.loads(message.json_schema)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"response_format.json_schema is not valid JSON: {error}", "response_format") from None
+        if not isinstance(schema, dict):
+            raise InvalidRequest("response_format.json_schema must be a JSON object", "response_format")
+        return json_grammar(schema)
+    return json_grammar(None) if kind == "json_object" and message.json_object else None
+
+
+def _prompts(message: pb.GenerateRequest) -> tuple[Prompt, ...]:
     kind = message.WhichOneof("input")
     if kind is None:
-        raise InvalidRequest("one of prompt and chat is required", "prompt")
+        raise InvalidRequest("one of prompt, chat, texts and token_prompts is required", "prompt")
     if kind == "prompt":
-        prompt: str = message.prompt
-        return prompt
+        return (message.prompt,)
+    if kind == "texts":
+        return tuple(message.texts.texts)
+    if kind == "token_prompts":
+        return tuple(TokenIds(tuple(prompt.ids)) for prompt in message.token_prompts.prompts)
     for turn in message.chat.messages:
         if turn.role not in _ROLES:
             raise InvalidRequest(f"role {turn.role!r} must be one of {', '.join(_ROLES)}", "chat.messages")
-    return tuple(Turn(turn.role, turn.content) for turn in message.chat.messages)
+    return (tuple(Turn(turn.role, turn.content) for turn in message.chat.messages),)
 
 
 @contextmanager
@@ -153,16 +206,27 @@ def _status(context: GrpcContext) -> Iterator[None]:
         raise CallFailed(failure.message) from None
 
 
-def _finish_reason(ending: Ending | None) -> pb.FinishReason:
-    reasons = {
-        None: pb.FINISH_REASON_UNSPECIFIED,
-        "stop": pb.FINISH_REASON_STOP,
-        "length": pb.FINISH_REASON_LENGTH,
-    }
-    return reasons[ending.finish_reason if ending else None]
+def _choice(prepared: Prepared, part: Answer | Piece) -> pb.Choice:
+    return pb.Choice(
+        index=part.index,
+        text=part.text,
+        finish_reason=_FINISH_REASONS[part.ending.finish_reason if part.ending else None],
+        routing=_trace(prepared, part) if prepared.asked.trace else None,
+        logprobs=[
+            pb.TokenLogprobs(token=_scored(token.chosen), top=[_scored(other) for other in token.top])
+            for token in part.logprobs
+        ],
+    )
 
 
-def _usage(ending: Ending | None) -> pb.Usage | None:
-    if ending is None:
-        return None
-    return pb.Usage(prompt_tokens=ending.prompt_tokens, completion_tokens=ending.completion_tokens)
+def _trace(prepared: Prepared, part: Answer | Piece) -> pb.RoutingTrace:
+    shown = [pb.TokenRouting(token=token.token, id=token.id, shares=token.shares) for token in part.tokens]
+    return pb.RoutingTrace(experts=prepared.experts, tokens=shown, dominating=part.dominating or "")
+
+
+def _scored(token: ScoredToken) -> pb.ScoredToken:
+    return pb.ScoredToken(id=token.id, text=token.text, raw=token.raw, logprob=token.logprob)
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)

@@ -17,7 +17,7 @@ from meteora_dist import __version__
 from meteora_dist.errors import MeteoraError
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
 from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
-from meteora_dist.serving.request import Piece, collect
+from meteora_dist.serving.request import Ending, Piece, collect, usage_of
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.status import METHOD_NOT_ALLOWED, NO_SUCH_ROUTE, Failure, failure_of
 
@@ -61,11 +61,11 @@ def create_api(service: TextService) -> FastAPI:
 
 async def _answer(service: TextService, body: CompletionBody | ChatBody) -> Response:
     prepared = await service.prepare(body.to_request())
-    reply = Reply(prepared, service.catalog.experts, isinstance(body, ChatBody), body.include_usage)
+    reply = Reply(prepared, isinstance(body, ChatBody), body.include_usage)
     pieces = service.pieces(prepared)
     if not body.stream:
         async with aclosing(pieces):
-            return JSONResponse(reply.whole(await collect(pieces)))
+            return JSONResponse(reply.whole(await collect(pieces, len(prepared.answers))))
     # Waiting for the first piece gives errors of the start their own status.
     first = await anext(pieces)
     events = _events(reply, first, pieces)
@@ -73,19 +73,30 @@ async def _answer(service: TextService, body: CompletionBody | ChatBody) -> Resp
 
 
 async def _events(reply: Reply, first: Piece, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[str, None]:
+    prepared = reply.prepared
+    endings: dict[int, Ending] = {}
+    begun: set[int] = set()
     async with aclosing(pieces):
         try:
-            piece = first
-            yield event(reply.chunk(piece, first=True))
-            async for piece in pieces:
-                if piece.text or piece.tokens or piece.ending:
-                    yield event(reply.chunk(piece, first=False))
-            if reply.include_usage and piece.ending:
-                yield event(reply.usage_chunk(piece.ending))
+            async for piece in _with(first, pieces):
+                if piece.index not in begun or not piece.silent:
+                    yield event(reply.chunk(piece, first=piece.index not in begun))
+                begun.add(piece.index)
+                if piece.ending is not None:
+                    endings[piece.index] = piece.ending
+            if reply.include_usage:
+                in_order = tuple(endings[index] for index in range(len(prepared.answers)))
+                yield event(reply.usage_chunk(usage_of(in_order, prepared.asked.n)))
             yield DONE
         except Exception as error:
             # The status is out already: the error becomes the last event.
             yield event(_failure(error).body())
+
+
+async def _with(first: Piece, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+    yield first
+    async for piece in pieces:
+        yield piece
 
 
 def _model(name: str, created: int) -> Json:

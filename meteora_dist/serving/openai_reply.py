@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meteora_dist.serving.request import Answer, Ending, Piece, TokenTrace
+from meteora_dist.serving.request import Answer, Piece, ScoredToken, TokenLogprobs, Usage, usage_of
 from meteora_dist.serving.service import Prepared
 
 Json = dict[str, object]
@@ -25,38 +25,39 @@ class Reply:
 
     Attributes:
         prepared: The request.
-        experts: Names, in the order of routing shares.
         chat: Whether it came in by the chat endpoint.
         include_usage: Whether a stream ends with a chunk of usage; its other chunks then say that they have none.
     """
 
     prepared: Prepared
-    experts: Sequence[str]
     chat: bool
     include_usage: bool = False
 
-    def whole(self, answer: Answer) -> Json:
+    def whole(self, answers: Sequence[Answer]) -> Json:
         """The answer to a request that does not stream."""
-        if self.chat:
-            content: Json = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-        else:
-            content = {"text": answer.text}
-        choice = self._choice(content, answer.ending, answer.tokens, answer.dominating)
+        choices = []
+        for answer in answers:
+            if self.chat:
+                content: Json = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+            else:
+                content = {"text": answer.text}
+            choices.append(self._choice(content, answer))
         name = "chat.completion" if self.chat else "text_completion"
-        return self._object(name, [choice]) | {"usage": usage(answer.ending)}
+        usage = usage_of(tuple(answer.ending for answer in answers), self.prepared.asked.n)
+        return self._object(name, choices) | {"usage": _usage(usage)}
 
     def chunk(self, piece: Piece, first: bool) -> Json:
-        """One chunk of a stream; the first one of a chat says who speaks."""
+        """One chunk of a stream; the first one of a chat's choice says who speaks."""
         if self.chat:
             content: Json = {"delta": ({"role": "assistant"} if first else {}) | {"content": piece.text}}
         else:
             content = {"text": piece.text}
-        choice = self._choice(content, piece.ending, piece.tokens, piece.dominating)
-        return self._object(self._chunk_name, [choice]) | ({"usage": None} if self.include_usage else {})
+        choices = [self._choice(content, piece)]
+        return self._object(self._chunk_name, choices) | ({"usage": None} if self.include_usage else {})
 
-    def usage_chunk(self, ending: Ending) -> Json:
+    def usage_chunk(self, usage: Usage) -> Json:
         """The chunk after the last one, for those who asked for usage."""
-        return self._object(self._chunk_name, []) | {"usage": usage(ending)}
+        return self._object(self._chunk_name, []) | {"usage": _usage(usage)}
 
     @property
     def _chunk_name(self) -> str:
@@ -71,21 +72,45 @@ class Reply:
             "choices": choices,
         }
 
-    def _choice(
-        self, content: Json, ending: Ending | None, tokens: Sequence[TokenTrace], dominating: str | None
-    ) -> Json:
-        reason = ending.finish_reason if ending else None
-        choice: Json = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+    def _choice(self, content: Json, part: Answer | Piece) -> Json:
+        reason = part.ending.finish_reason if part.ending else None
+        choice: Json = {"index": part.index, **content, "logprobs": None, "finish_reason": reason}
+        if self.prepared.asked.top_logprobs is not None:
+            choice["logprobs"] = (_chat_logprobs if self.chat else _completion_logprobs)(part.logprobs)
         if self.prepared.asked.trace:
-            shown = [{"token": token.token, "id": token.id, "shares": token.shares} for token in tokens]
-            choice["routing"] = {"experts": self.experts, "dominating": dominating, "tokens": shown}
+            shown = [{"token": token.token, "id": token.id, "shares": token.shares} for token in part.tokens]
+            choice["routing"] = {"experts": self.prepared.experts, "dominating": part.dominating, "tokens": shown}
         return choice
 
 
-def usage(ending: Ending) -> Json:
-    """Token counts."""
+def _usage(usage: Usage) -> Json:
     return {
-        "prompt_tokens": ending.prompt_tokens,
-        "completion_tokens": ending.completion_tokens,
-        "total_tokens": ending.prompt_tokens + ending.completion_tokens,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
+
+
+def _chat_logprobs(tokens: Sequence[TokenLogprobs]) -> Json:
+    def shown(token: ScoredToken) -> Json:
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}
+
+    content = [shown(token.chosen) | {"top_logprobs": [shown(other) for other in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _completion_logprobs(tokens: Sequence[TokenLogprobs]) -> Json:
+    return {
+        "tokens": [_name(token.chosen) for token in tokens],
+        "token_logprobs": [token.chosen.logprob for token in tokens],
+        "top_logprobs": [{_name(other): other.logprob for other in token.top} for token in tokens],
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _name(token: ScoredToken) -> str:
+    """The token's text; of a part of a character its bytes, because names are keys and must differ."""
+    try:
+        return token.raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from meteora_dist.engine.request import Sampling
 from meteora_dist.errors import InvalidRequest
-from meteora_dist.serving.request import TextRequest, Turn
+from meteora_dist.serving.json_grammar import json_grammar
+from meteora_dist.serving.request import Prompt, TextRequest, TokenIds, Turn
+from meteora_dist.serving.selection import select
 
 COMPLETION_MAX_TOKENS = 16
 """What OpenAI's completions endpoint produces when ``max_tokens`` is absent."""
 
-_UNION_PARTS = frozenset({"str", "list[str]", "list[TextPart]"})
+_UNION_PARTS = frozenset({"str", "list[str]", "list[int]", "list[list[int]]", "list[TextPart]"})
 """What pydantic adds to a field's path for the alternative it tried."""
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -32,30 +36,90 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
-class RoutingOptions(_Strict):
-    """Our extension: how experts are picked under ``auto``.
+class ChosenExpert(_Strict):
+    """An expert of ``routing.experts``.
 
     Attributes:
-        top_k: Experts a token uses; None for the bank's default.
-        temperature: Divides the chosen gate logits; None for the bank's default.
+        name: Its name.
+        weight: Its part in a blend, 1 by default; none for mode ``named``.
+    """
+
+    name: str
+    weight: float | None = None
+
+
+class RoutingOptions(_Strict):
+    """Our extension: which experts act. It may say what ``model`` says as well, and more.
+
+    Attributes:
+        mode: ``auto``, ``auto-sequence``, ``named``, ``blend`` or ``base``; None leaves it to ``model``.
+        experts: The one of ``named``, the ones of ``blend``.
+        top_k: Experts a token uses under ``auto``; None for the bank's default.
+        temperature: Divides the chosen gate logits under ``auto``; None for the bank's default.
         trace: Whether every choice reports each expert's share for every token.
     """
 
+    mode: str | None = None
+    experts: list[ChosenExpert] | None = None
     top_k: int | None = None
     temperature: float | None = None
     trace: bool = False
 
 
+class JsonSchema(_Strict):
+    """The schema of ``response_format``.
+
+    Attributes:
+        name: For people.
+        description: For people.
+        schema_: The JSON schema; None takes any object.
+        strict: Answers always follow the schema here, whatever it says.
+    """
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """What answers look like.
+
+    Attributes:
+        type: ``text``, ``json_object`` for any JSON object, or ``json_schema``.
+        json_schema: With the last of these.
+    """
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> str | None:
+        """What answers must match; raises InvalidRequest."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidRequest("response_format.json_schema goes with type json_schema", "response_format")
+        if self.type == "text":
+            return None
+        return json_grammar(None if self.json_schema is None else self.json_schema.schema_)
+
+
 class GenerationBody(_Strict):
-    """What both endpoints take; ranges are checked where both protocols meet, in :class:`TextRequest`."""
+    """What both endpoints take; ranges are checked where both protocols meet, in ``check_ranges``."""
 
     model: str = "auto"
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
     n: int | None = None
+    ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -66,43 +130,58 @@ class GenerationBody(_Strict):
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def text_request(self, prompt: str | tuple[Turn, ...], max_tokens: int | None) -> TextRequest:
+    def text_request(
+        self, prompts: tuple[Prompt, ...], max_tokens: int | None, top_logprobs: int | None
+    ) -> TextRequest:
         """The protocol-independent request.
 
         Raises:
-            InvalidRequest: ``n`` is not 1, or ``stream_options`` came without ``stream``.
+            InvalidRequest: ``stream_options`` came without ``stream``, or fields contradict each other.
         """
-        if self.n not in (None, 1):
-            raise InvalidRequest(f"n is {self.n}, but this service gives one choice a request", "n")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
         routing = self.routing or RoutingOptions()
+        experts = [(expert.name, expert.weight) for expert in routing.experts or ()]
         return TextRequest(
-            prompt=prompt,
+            prompts=prompts,
             model=self.model,
+            selection=select(self.model, routing.mode, experts, routing.top_k, routing.temperature),
+            n=1 if self.n is None else self.n,
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            sampling=self._sampling(),
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            top_k=routing.top_k,
-            gate_temperature=routing.temperature,
+            ignore_eos=bool(self.ignore_eos),
+            top_logprobs=top_logprobs,
+            grammar=None if self.response_format is None else self.response_format.grammar(),
             trace=routing.trace,
         )
+
+    def _sampling(self) -> Sampling:
+        given = {
+            name: value
+            for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+            if (value := getattr(self, name)) is not None
+        }
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return Sampling(temperature=temperature, logit_bias=_biases(self.logit_bias or {}), **given)
 
 
 class CompletionBody(GenerationBody):
     """The body of ``POST /v1/completions``.
 
     Attributes:
-        prompt: The text to continue.
+        prompt: The text to continue, or the token ids; a list of either is answered in one call.
+        logprobs: How many of the most probable tokens to report for every token, beside itself.
     """
 
-    prompt: str
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
 
     def to_request(self) -> TextRequest:
         """The protocol-independent request; raises InvalidRequest."""
-        return self.text_request(self.prompt, COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens)
+        limit = COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return self.text_request(_prompts(self.prompt), limit, self.logprobs)
 
 
 class TextPart(_Strict):
@@ -131,17 +210,24 @@ class ChatBody(GenerationBody):
     Attributes:
         messages: The conversation; the answer is the assistant's next turn.
         max_completion_tokens: The newer name of ``max_tokens``.
+        logprobs: Whether to report how probable every token was.
+        top_logprobs: How many of the most probable tokens to report beside it.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     def to_request(self) -> TextRequest:
         """The protocol-independent request; raises InvalidRequest."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise InvalidRequest("max_tokens and max_completion_tokens exclude each other", "max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs is only allowed when logprobs is true", "top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.text_request(tuple(message.to_turn() for message in self.messages), limit)
+        top = (self.top_logprobs or 0) if self.logprobs else None
+        return self.text_request((tuple(message.to_turn() for message in self.messages),), limit, top)
 
 
 def parse(body: type[Body], raw: bytes) -> Body:
@@ -159,7 +245,24 @@ def parse(body: type[Body], raw: bytes) -> Body:
     param = ".".join(str(part) for part in first["loc"] if part not in _UNION_PARTS) or None
     if first["type"] == "extra_forbidden":
         raise InvalidRequest(f"{param} is not a field this service knows", param)
-    if param == "prompt" and first["type"] == "string_type":
-        raise InvalidRequest("prompt must be one string; lists of texts or token ids are not supported", param)
+    if first["loc"][:1] == ("prompt",) and first["type"] != "missing":
+        raise InvalidRequest("prompt must be a text, a list of texts, a list of token ids or a list of these", "prompt")
     what = "the body" if param is None else param
     raise InvalidRequest(f"{what}: {first['msg'][:1].lower()}{first['msg'][1:]}", param)
+
+
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[Prompt, ...]:
+    if isinstance(prompt, str):
+        return (prompt,)
+    ids = tuple(part for part in prompt if isinstance(part, int))
+    if ids:
+        return (TokenIds(ids),)
+    return tuple(
+        TokenIds(tuple(part)) if isinstance(part, list) else part for part in prompt if not isinstance(part, int)
+    )
+
+
+def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    if wrong := [token for token in given if not token.isdecimal()]:
+        raise InvalidRequest(f"logit_bias: {wrong[0]!r} is no token id", "logit_bias")
+    return tuple((int(token), value) for token, value in given.items())

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from meteora_dist.engine.request import FinishReason
-from meteora_dist.errors import InvalidRequest
-
-MAX_STOPS = 4
-MAX_TEMPERATURE = 2.0
+from meteora_dist.engine.request import FinishReason, Sampling
+from meteora_dist.serving.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,47 +23,47 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A prompt that is tokenized already."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = str | TokenIds | tuple[Turn, ...]
+"""Text to continue, tokens to continue, or a conversation whose next turn is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
 class TextRequest:
-    """One prompt to answer.
+    """One call: ``n`` answers to each of one or more prompts.
 
     Attributes:
-        prompt: Text to continue, or a conversation whose next turn is wanted.
-        model: ``auto``, ``base`` or the name of an expert.
-        max_tokens: Most tokens to produce; None for as many as fit into the context.
-        temperature: 0 takes the most probable token; up to ``MAX_TEMPERATURE``.
-        top_p: Probability mass that is drawn from, in (0, 1].
+        prompts: What to answer.
+        model: Shown as the answer's model; what it stands for is ``selection``.
+        selection: Which experts act.
+        n: Answers to each prompt; the answers of one prompt differ by their seeds.
+        max_tokens: Most tokens to produce for an answer; None for as many as fit into the context.
+        sampling: How tokens are drawn; ``seed`` stands in the place of its seed.
         seed: None for a random one.
         stop: Texts that end the answer where they appear.
-        top_k: Experts a token uses; None for the bank's default.
-        gate_temperature: Divides the chosen gate logits; None for the bank's default.
+        ignore_eos: Whether to go on after the end-of-sequence token.
+        top_logprobs: How many of the most probable tokens are reported with every token; None for no report.
+        grammar: What answers must match, in llguidance's own notation; None for anything.
         trace: Whether every token reports the experts' shares.
     """
 
-    prompt: str | tuple[Turn, ...]
+    prompts: tuple[Prompt, ...]
     model: str = "auto"
+    selection: Selection = field(default_factory=Selection)
+    n: int = 1
     max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0))
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    top_k: int | None = None
-    gate_temperature: float | None = None
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    grammar: str | None = None
     trace: bool = False
-
-    def check(self) -> None:
-        """Raises InvalidRequest, naming the field, for a value out of its range."""
-        _demand(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        in_range = 0 <= self.temperature <= MAX_TEMPERATURE
-        _demand(in_range, "temperature", self.temperature, f"between 0 and {MAX_TEMPERATURE:g}")
-        _demand(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _demand(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        _demand(len(self.stop) <= MAX_STOPS, "stop", f"{len(self.stop)} texts", f"at most {MAX_STOPS}")
-        _demand(all(self.stop), "stop", "an empty text", "a text that can appear in the answer")
-        _demand(self.top_k is None or self.top_k >= 1, "routing.top_k", self.top_k, "at least 1")
-        gate = self.gate_temperature
-        finite = gate is None or 0 < gate < float("inf")
-        _demand(finite, "routing.temperature", gate, "above 0 and finite")
-        _demand(self.prompt != (), "messages", "an empty list", "at least one message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +79,38 @@ class TokenTrace:
     token: str
     id: int
     shares: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token and how probable the model found it.
+
+    Attributes:
+        id: Its id.
+        text: Its bytes as text; a part of a character shows as U+FFFD.
+        raw: Its bytes.
+        logprob: Natural logarithm of its probability.
+    """
+
+    id: int
+    text: str
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How probable one produced token was.
+
+    Attributes:
+        chosen: The token.
+        top: The most probable ones at its place, most probable first.
+        offset: Characters of the answer before it, those of a stop text included.
+    """
+
+    chosen: ScoredToken
+    top: tuple[ScoredToken, ...]
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +130,28 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is new since the last piece.
+    """What is new of one answer since its last piece.
 
     Attributes:
         text: New text; may be empty.
+        index: Number of the answer: that of its prompt, times n, plus that among the prompt's answers.
         tokens: New tokens; empty unless the request asked for a trace.
+        logprobs: New tokens; empty unless the request asked for them.
         dominating: With a trace, the expert with the largest share over all tokens so far; None when none acted.
-        ending: Set in the last piece only.
+        ending: Set in the answer's last piece only.
     """
 
     text: str
+    index: int = 0
     tokens: tuple[TokenTrace, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
     dominating: str | None = None
     ending: Ending | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has nothing that a caller would miss."""
+        return not (self.text or self.tokens or self.logprobs or self.ending)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +159,47 @@ class Answer:
     """All pieces of one answer together; attributes as in :class:`Piece`."""
 
     text: str
+    index: int
     tokens: tuple[TokenTrace, ...]
+    logprobs: tuple[TokenLogprobs, ...]
     dominating: str | None
     ending: Ending
 
 
-async def collect(pieces: AsyncIterator[Piece]) -> Answer:
-    """The whole answer, once its last piece is there."""
-    received = [piece async for piece in pieces]
-    last = received[-1]
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole call; a prompt counts once, however many answers it has.
+
+    Attributes:
+        prompt_tokens: Tokens of all prompts.
+        completion_tokens: Tokens of all answers.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+async def collect(pieces: AsyncIterator[Piece], answers: int) -> tuple[Answer, ...]:
+    """The whole answers, by index, once their last pieces are there; ``answers`` is how many there will be."""
+    received: list[list[Piece]] = [[] for _ in range(answers)]
+    async for piece in pieces:
+        received[piece.index].append(piece)
+    return tuple(_joined(parts) for parts in received)
+
+
+def usage_of(endings: tuple[Ending, ...], n: int) -> Usage:
+    """The call's usage, from the endings of all its answers by index, ``n`` a prompt."""
+    return Usage(sum(one.prompt_tokens for one in endings[::n]), sum(one.completion_tokens for one in endings))
+
+
+def _joined(parts: list[Piece]) -> Answer:
+    last = parts[-1]
     assert last.ending is not None, "the last piece has the ending"
-    tokens = tuple(token for piece in received for token in piece.tokens)
-    return Answer("".join(piece.text for piece in received), tokens, last.dominating, last.ending)
-
-
-def _demand(holds: bool, param: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise InvalidRequest(f"{param} is {value}, but must be {wanted}", param)
+    return Answer(
+        text="".join(part.text for part in parts),
+        index=last.index,
+        tokens=tuple(token for part in parts for token in part.tokens),
+        logprobs=tuple(token for part in parts for token in part.logprobs),
+        dominating=last.dominating,
+        ending=last.ending,
+    )

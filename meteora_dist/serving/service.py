@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
 from random import SystemRandom
 from time import time
 from typing import Protocol
 from uuid import uuid4
 
-from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
+from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import InvalidRequest, Overloaded, PromptTooLong
+from meteora_dist.moe.routing import named
 from meteora_dist.serving.catalog import Catalog
-from meteora_dist.serving.request import Piece, TextRequest
+from meteora_dist.serving.merge import merged
+from meteora_dist.serving.ranges import check_ranges
+from meteora_dist.serving.request import Piece, Prompt, TextRequest
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.transcript import Transcript
+
+_SEED_STEP = 0x9E37_79B9_7F4A_7C15
+"""Seeds of a prompt's answers lie so far apart that no draw of one is a draw of another."""
 
 
 class Engine(Protocol):
@@ -31,22 +37,21 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that has passed every check.
+    """A call that has passed every check.
 
     Attributes:
+        id: Of the call, unique.
         asked: As it came.
-        generation: As the engine gets it.
+        answers: What the engine is asked for, by the answers' indices; under ``auto-sequence`` before the vote.
+        experts: Names, in the order of routing shares.
         created: When, in seconds of the Unix epoch.
     """
 
+    id: str
     asked: TextRequest
-    generation: GenerationRequest
+    answers: tuple[GenerationRequest, ...]
+    experts: tuple[str, ...]
     created: int
-
-    @property
-    def id(self) -> str:
-        """Of the request, unique."""
-        return self.generation.request_id
 
 
 class TextService:
@@ -71,52 +76,101 @@ class TextService:
         self._engine.check()
 
     async def prepare(self, request: TextRequest) -> Prepared:
-        """Checks and tokenizes a request.
+        """Checks and tokenizes a call.
 
         Raises:
-            InvalidRequest: A field is out of range, or the prompt has no tokens.
+            InvalidRequest: A field is out of range, or a prompt has no tokens.
             ExpertNotFound: Its model is not served.
-            PromptTooLong: Prompt and answer do not fit into the context.
+            PromptTooLong: A prompt and its answer do not fit into the context.
         """
-        request.check()
-        routing = self.catalog.routing(request)
+        check_ranges(request)
+        routing = self.catalog.routing(request.selection)
         # A long prompt must not hold up the streams of others.
-        prompt_ids = await asyncio.to_thread(self._tokenizer.encode, request.prompt)
-        seed = SystemRandom().getrandbits(63) if request.seed is None else request.seed % 2**63
-        generation = GenerationRequest(
-            request_id=uuid4().hex,
-            prompt_ids=prompt_ids,
-            max_tokens=self._room(request, len(prompt_ids)),
-            sampling=Sampling(request.temperature, request.top_p, seed),
-            routing=routing,
-            trace=request.trace,
+        prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(prompt) for prompt in request.prompts])
+        rooms = [self._room(request, prompt, len(ids)) for prompt, ids in zip(request.prompts, prompts, strict=True)]
+        seed = SystemRandom().getrandbits(63) if request.seed is None else request.seed
+        call = uuid4().hex
+        answers = tuple(
+            GenerationRequest(
+                request_id=f"{call}-{number * request.n + answer}",
+                prompt_ids=ids,
+                max_tokens=room,
+                sampling=replace(request.sampling, seed=(seed + answer * _SEED_STEP) % 2**63),
+                routing=routing,
+                trace=request.trace,
+                ignore_eos=request.ignore_eos,
+                top_logprobs=request.top_logprobs,
+                grammar=request.grammar,
+            )
+            for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True))
+            for answer in range(request.n)
         )
-        return Prepared(request, generation, int(time()))
+        return Prepared(call, request, answers, self.catalog.experts, int(time()))
 
     async def pieces(self, prepared: Prepared) -> AsyncGenerator[Piece, None]:
-        """Generates; the last piece has the ending. Closing the generator cancels the request.
+        """Generates all answers; the last piece of each has its ending. Closing the generator cancels them.
 
         Raises:
             Overloaded: Too many requests are under way; raised before the first piece.
             EngineUnavailable: The engine is gone; may be raised between pieces.
         """
-        if self._live >= self._max_live:
-            raise Overloaded(f"{self._live} requests are under way, which is the most this service takes: try again")
-        self._live += 1
-        try:
-            detokenizer = self._tokenizer.detokenizer(prepared.generation.prompt_ids)
-            transcript = Transcript(prepared.generation, detokenizer, prepared.asked.stop, self.catalog.experts)
-            async with aclosing(self._engine.generate(prepared.generation)) as events:
-                async for event in events:
-                    piece = transcript.push(event)
+        with self._admitted(len(prepared.answers)):
+            answers = await self._decided(prepared)
+            streams = [self._answer(prepared, index, answer) for index, answer in enumerate(answers)]
+            async with aclosing(merged(streams)) as pieces:
+                async for piece in pieces:
                     yield piece
-                    if piece.ending is not None:
-                        return
-        finally:
-            self._live -= 1
 
-    def _room(self, request: TextRequest, prompt_tokens: int) -> int:
-        param = "prompt" if isinstance(request.prompt, str) else "messages"
+    @contextmanager
+    def _admitted(self, answers: int) -> Iterator[None]:
+        if self._live + answers > self._max_live:
+            raise Overloaded(
+                f"{self._live} answers are under way, and this service takes at most {self._max_live}: try again"
+            )
+        self._live += answers
+        try:
+            yield
+        finally:
+            self._live -= answers
+
+    async def _decided(self, prepared: Prepared) -> tuple[GenerationRequest, ...]:
+        """The answers' requests; under ``auto-sequence`` with the expert that each prompt has voted for."""
+        if prepared.asked.selection.mode != "auto-sequence":
+            return prepared.answers
+        n = prepared.asked.n
+        experts = await asyncio.gather(*(self._vote(answer) for answer in prepared.answers[::n]))
+        return tuple(
+            replace(answer, routing=named(experts[index // n])) for index, answer in enumerate(prepared.answers)
+        )
+
+    async def _vote(self, answer: GenerationRequest) -> int:
+        """The expert with the most gate weight over the prompt, all its tokens and all routed linears together."""
+        ballot = GenerationRequest(
+            f"{answer.request_id}-vote",
+            answer.prompt_ids,
+            max_tokens=1,
+            routing=answer.routing,
+            generation=answer.generation,
+            vote=True,
+        )
+        shares: tuple[float, ...] = ()
+        async with aclosing(self._engine.generate(ballot)) as events:
+            async for event in events:
+                shares = event.shares or ()
+        assert shares, "a vote ends with its shares"
+        return shares.index(max(shares))
+
+    async def _answer(self, prepared: Prepared, index: int, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
+        transcript = Transcript(request, self._tokenizer, prepared.asked.stop, prepared.experts, index)
+        async with aclosing(self._engine.generate(request)) as events:
+            async for event in events:
+                piece = transcript.push(event)
+                yield piece
+                if piece.ending is not None:
+                    return
+
+    def _room(self, request: TextRequest, prompt: Prompt, prompt_tokens: int) -> int:
+        param = "messages" if isinstance(prompt, tuple) else "prompt"
         if prompt_tokens == 0:
             raise InvalidRequest(f"{param} has no tokens: there is nothing to continue", param)
         wanted = 1 if request.max_tokens is None else request.max_tokens

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from jinja2 import TemplateError
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from meteora_dist.errors import InvalidRequest, ModelError
-from meteora_dist.serving.request import Turn
+from meteora_dist.serving.request import Prompt, TokenIds, Turn
 
 _CONTEXT_TOKENS = 8
 """Prompt tokens a decoder needs to know whether the first new token starts a word."""
@@ -40,16 +43,22 @@ class TextTokenizer:
             raise ModelError(model, "its tokenizer is not in the tokenizer.json format")
         return cls(tokenizer)
 
-    def encode(self, prompt: str | Sequence[Turn]) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation up to where the assistant's next turn starts.
 
         Raises:
             InvalidRequest: The model has no chat template, or the template refuses the conversation.
         """
+        if isinstance(prompt, TokenIds):
+            return prompt.ids
         if isinstance(prompt, str):
             return tuple(self._tokens.encode(prompt).ids)
         # The template writes every special token itself.
         return tuple(self._tokens.encode(self._rendered(prompt), add_special_tokens=False).ids)
+
+    def raw(self, token_id: int) -> bytes:
+        """The bytes of one token, of which a character may take several."""
+        return self._bytes.decode_bytes([token_id])
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """A decoder for the tokens that follow ``prompt_ids``."""
@@ -58,6 +67,11 @@ class TextTokenizer:
         if self._tokens.decode(context, skip_special_tokens=True).endswith(_INCOMPLETE):
             context = ()
         return Detokenizer(self._tokens, context)
+
+    @cached_property
+    def _bytes(self) -> LLTokenizer:
+        # Takes a moment, and few ask for it.
+        return from_tokenizer(self._chat)
 
     def _rendered(self, turns: Sequence[Turn]) -> str:
         if self._chat.chat_template is None:

@@ -15,12 +15,14 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from meteora_cluster.member import free_port
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.manager import Notes
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
 from meteora_dist.errors import BankError, EngineUnavailable, InvalidRequest, ModelError, PromptTooLong
 from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
+from meteora_dist.serving.json_grammar import json_grammar
 from tests.support.ranks import run_ranks
 from tests.support.tiny import SPECS, load_tiny_llama
 
@@ -203,7 +205,7 @@ async def test_a_loop_that_fails_after_a_requests_last_token_has_not_failed_it(
 ) -> None:
     def fail(request: GenerationRequest, eos: int | list[int]) -> None:
         failed = GenerationOutput(request.request_id, generated_tokens=[5, 6], error="x", status=RequestStatus.FAILED)
-        engine._deliver(failed, None)
+        engine._deliver(failed, Notes())
 
     monkeypatch.setattr(engine._manager, "submit", fail)
     events = engine.generate(replace(REQUESTS[0], max_tokens=max_tokens))
@@ -253,3 +255,64 @@ def test_two_ranks_in_lockstep_equal_one(
     rendezvous = f"tcp://127.0.0.1:{free_port()}"
     first, second = run_ranks(2, _lockstep, tiny_base, tiny_bank.path, rendezvous, join=False)
     assert first + second == expected
+
+
+RICH = [
+    GenerationRequest(
+        "penalties", tuple(range(30, 40)), 12, Sampling(0.9, seed=4, presence_penalty=1.5, repetition_penalty=1.3)
+    ),
+    GenerationRequest(
+        "json",
+        tuple(range(50, 60)),
+        40,
+        Sampling(1.0, seed=2),
+        grammar=json_grammar({"enum": ["left", "right", 12345]}),
+    ),
+    GenerationRequest(
+        "scored", tuple(range(20, 30)), 8, Sampling(0.7, seed=1, logit_bias=((65, 4.0),)), top_logprobs=2
+    ),
+]
+
+
+async def test_an_interrupted_request_goes_on_as_if_it_had_not_been(tiny_base: Path, tiny_bank: Bank) -> None:
+    engine = RankEngine(config(tiny_base, tiny_bank))
+    try:
+        whole = await together(engine, RICH)
+        for request, events in zip(RICH, whole, strict=True):
+            assert len(events) > 4
+            for cut in (1, len(events) - 1):
+                rest = await collect(engine, request.after(tokens(events)[:1]).after(tokens(events)[1:cut]))
+                assert [(one.token_id, one.finish_reason) for one in rest] == [
+                    (one.token_id, one.finish_reason) for one in events[cut:]
+                ]
+    finally:
+        engine.stop()
+
+
+async def test_a_vote_reports_the_shares_over_the_whole_prompt(tiny_base: Path, tiny_bank: Bank) -> None:
+    # 75 tokens take three passes of 32.
+    prompt = tuple(3 + i % 90 for i in range(75))
+    engine = RankEngine(config(tiny_base, tiny_bank))
+    try:
+        traced = [
+            (await collect(engine, GenerationRequest(f"t{n}", prompt[:n], 1, trace=True)))[0].shares
+            for n in range(1, len(prompt) + 1)
+        ]
+        vote = GenerationRequest("vote", prompt, 1, vote=True)
+        (event,), *_ = await together(engine, [vote, *REQUESTS[:2]])
+        assert event.shares == pytest.approx(torch.tensor(traced).mean(0).tolist(), abs=1e-5)
+    finally:
+        engine.stop()
+
+
+async def test_a_grammar_too_complex_to_follow_fails_its_own_request_alone(tiny_base: Path, tiny_bank: Bank) -> None:
+    engine = RankEngine(config(tiny_base, tiny_bank))
+    try:
+        broken = GenerationRequest("broken", (5, 6), 8, grammar='{"grammars": [{"lark_grammar": "start: x"}]}')
+        steady = asyncio.ensure_future(collect(engine, REQUESTS[0]))
+        with pytest.raises(InvalidRequest, match="grammar of the answer cannot be followed") as refused:
+            await collect(engine, broken)
+        assert refused.value.param == "response_format"
+        assert len(await steady) == REQUESTS[0].max_tokens
+    finally:
+        engine.stop()

@@ -26,7 +26,7 @@ def tokenizer(tiny_base: Path) -> TextTokenizer:
 def make_service(tokenizer: TextTokenizer, tiny_bank: Bank) -> MakeService:
     """Makes a service over a scripted engine: a context of 64 tokens, at most two live requests."""
 
-    def make(engine: ScriptedEngine) -> TextService:
-        return TextService(engine, tokenizer, Catalog(tiny_bank.manifest), max_model_len=64, max_live_requests=2)
+    def make(engine: ScriptedEngine, live: int = 2) -> TextService:
+        return TextService(engine, tokenizer, Catalog(tiny_bank.manifest), max_model_len=64, max_live_requests=live)
 
     return make

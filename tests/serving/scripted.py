@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from meteora_dist.engine.request import GenerationRequest, TokenEvent
+from meteora_dist.engine.request import GenerationRequest, Logprobs, TokenEvent
 from meteora_dist.serving.tokenizer import TextTokenizer
 
 EOS = 259
@@ -45,8 +45,9 @@ class ScriptedEngine:
                     await self.pause.wait()
                 last = index + 1 == request.max_tokens
                 reason = "stop" if token == EOS else "length" if last else None
-                shares = (0.1, 0.6, 0.2, 0.1) if request.trace else None
-                yield TokenEvent(token, reason, shares)
+                shares = (0.1, 0.6, 0.2, 0.1) if request.trace or request.vote else None
+                top = None if request.top_logprobs is None else [(token, -0.5), (EOS, -1.0)][: request.top_logprobs]
+                yield TokenEvent(token, reason, shares, None if top is None else Logprobs(-0.5, tuple(top)))
             if self.error is not None:
                 raise self.error
         finally:

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 CONTEXT = 400
 LIVE = 12
 EXPERTS = ("plain", "wide", "rooted", "partial")
-MODELS = ("auto", "base", *EXPERTS)
+MODELS = ("auto", "auto-sequence", "base", *EXPERTS)
 PROMPT = "Which expert answers?"
 TOKENS = 12
 
@@ -98,7 +98,7 @@ def test_it_is_healthy_and_lists_its_models(http: httpx.Client, client: openai.O
 def test_base_and_named_answers_are_those_of_transformers_and_peft(
     http: httpx.Client, tiny_base: Path, tiny_bank: Bank
 ) -> None:
-    for model in MODELS[1:]:
+    for model in MODELS[2:]:
         assert greedy(http, model) == reference(tiny_base, tiny_bank, model), model
 
 
@@ -111,9 +111,9 @@ def test_both_protocols_and_both_ways_give_the_same_answer(http: httpx.Client, s
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == whole
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=TOKENS, sampling=pb.Sampling(temperature=0))
     unary = stub.Generate(request)
-    assert (unary.text, unary.finish_reason) == (whole, pb.FINISH_REASON_LENGTH)
+    assert (unary.choices[0].text, unary.choices[0].finish_reason) == (whole, pb.FINISH_REASON_LENGTH)
     messages = list(stub.GenerateStream(request))
-    assert "".join(message.text for message in messages) == whole
+    assert "".join(message.choice.text for message in messages) == whole
     assert messages[-1].usage == unary.usage == pb.Usage(prompt_tokens=len(PROMPT), completion_tokens=TOKENS)
 
 
@@ -149,7 +149,7 @@ def test_traces_sum_to_one_name_the_expert_and_agree(http: httpx.Client, stub: I
         assert tuple(routing["experts"]) == EXPERTS
         sums = [sum(token["shares"]) for token in routing["tokens"]]
         assert sums == pytest.approx([0.0 if model == "base" else 1.0] * 4, abs=1e-5)
-        if model != "auto":
+        if model in ("base", *EXPERTS):
             assert routing["dominating"] == (None if model == "base" else model)
         request = pb.GenerateRequest(
             prompt=PROMPT,
@@ -158,7 +158,7 @@ def test_traces_sum_to_one_name_the_expert_and_agree(http: httpx.Client, stub: I
             sampling=pb.Sampling(temperature=0),
             routing=pb.Routing(trace=True),
         )
-        trace = stub.Generate(request).routing
+        trace = stub.Generate(request).choices[0].routing
         for token, other in zip(trace.tokens, routing["tokens"], strict=True):
             assert (token.token, token.id) == (other["token"], other["id"])
             assert list(token.shares) == pytest.approx(other["shares"], abs=1e-5)
@@ -176,7 +176,7 @@ def test_stop_texts_and_seeds_work(http: httpx.Client) -> None:
 def test_bad_requests_are_refused_and_it_keeps_serving(
     http: httpx.Client, client: openai.OpenAI, stub: InferenceStub
 ) -> None:
-    with pytest.raises(openai.NotFoundError, match="served are auto, base, plain") as missing:
+    with pytest.raises(openai.NotFoundError, match="served are auto, auto-sequence, base") as missing:
         client.completions.create(model="nobody", prompt="Hi")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match=f"holds {CONTEXT} tokens.*{CONTEXT + 1} of the prompt") as long:
@@ -242,7 +242,7 @@ def test_a_lost_rank_is_a_pause(http: httpx.Client, stub: InferenceStub) -> None
     body = {"prompt": PROMPT, "stream": True, "stream_options": {"include_usage": True}} | long
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=150, sampling=pb.Sampling(temperature=1.0, seed=8))
     live = stub.GenerateStream(request)
-    texts = [next(live).text]
+    texts = [next(live).choice.text]
     with http.stream("POST", "/v1/completions", json=body) as stream:
         lines = stream.iter_lines()
         chunks = [_chunk(next(line for line in lines if line))]
@@ -252,7 +252,7 @@ def test_a_lost_rank_is_a_pause(http: httpx.Client, stub: InferenceStub) -> None
         assert greedy(http, "auto", **long) == undisturbed
         chunks += [_chunk(line) for line in lines if line and "[DONE]" not in line]
     messages = list(live)
-    assert "".join([*texts, *(message.text for message in messages)]) == undisturbed
+    assert "".join([*texts, *(message.choice.text for message in messages)]) == undisturbed
     assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == undisturbed
     usage = chunks[-1]["usage"]
     assert usage["prompt_tokens"] == messages[-1].usage.prompt_tokens == len(PROMPT)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import grpc
 import pytest
 
+from meteora_dist.engine.request import Sampling
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.serving.grpc_api import CallFailed, GrpcMethods, text_request
+from meteora_dist.serving.json_grammar import json_grammar
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
 from meteora_dist.serving.request import TextRequest, Turn
+from meteora_dist.serving.selection import Selection
 from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.conftest import MakeService
 from tests.serving.scripted import ScriptedEngine, says
@@ -37,41 +40,59 @@ def methods(make_service: MakeService, engine: ScriptedEngine) -> GrpcMethods:
 
 
 def test_unset_fields_get_the_defaults_of_http() -> None:
-    assert text_request(pb.GenerateRequest(prompt="Hi")) == TextRequest("Hi")
+    assert text_request(pb.GenerateRequest(prompt="Hi")) == TextRequest(("Hi",))
 
 
 def test_set_fields_are_taken_zeros_too() -> None:
+    sampling = pb.Sampling(temperature=0, top_p=0.5, seed=0, top_k=3, min_p=0.25, repetition_penalty=1.5)
+    sampling.presence_penalty, sampling.frequency_penalty = -1, 2
+    sampling.logit_bias.update({7: 1.5, 3: -100})
     message = pb.GenerateRequest(
-        model="wide",
+        model="auto",
         chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")]),
-        sampling=pb.Sampling(temperature=0, top_p=0.5, seed=0),
+        sampling=sampling,
         max_tokens=0,
         stop=["a", "b"],
-        routing=pb.Routing(top_k=1, temperature=20, trace=True),
+        routing=pb.Routing(top_k=1, temperature=20, trace=True, mode=pb.MODE_AUTO),
+        n=2,
+        top_logprobs=0,
+        ignore_eos=True,
+        response_format=pb.ResponseFormat(json_object=True),
     )
     assert text_request(message) == TextRequest(
-        (Turn("user", "Hi"),), "wide", 0, 0.0, 0.5, 0, ("a", "b"), top_k=1, gate_temperature=20.0, trace=True
+        prompts=((Turn("user", "Hi"),),),
+        selection=Selection(top_k=1, temperature=20.0),
+        n=2,
+        max_tokens=0,
+        sampling=Sampling(0.0, 0.5, 0, 3, 0.25, -1.0, 2.0, 1.5, ((3, -100.0), (7, 1.5))),
+        seed=0,
+        stop=("a", "b"),
+        ignore_eos=True,
+        top_logprobs=0,
+        grammar=json_grammar(None),
+        trace=True,
     )
 
 
 async def test_generate_answers_in_one_message(tokenizer: TextTokenizer, make_service: MakeService) -> None:
     request = pb.GenerateRequest(prompt="Hi", routing=pb.Routing(trace=True))
     got = await methods(make_service, says(tokenizer, "yes")).Generate(request, Context())
-    assert (got.model, got.text, got.finish_reason) == ("auto", "yes", pb.FINISH_REASON_STOP)
+    (choice,) = got.choices
+    assert (got.model, choice.text, choice.finish_reason) == ("auto", "yes", pb.FINISH_REASON_STOP)
     assert got.usage == pb.Usage(prompt_tokens=2, completion_tokens=4)
-    assert list(got.routing.experts) == ["plain", "wide", "rooted", "partial"]
-    assert got.routing.dominating == "wide"
-    assert [token.token for token in got.routing.tokens] == ["y", "e", "s", ""]
-    assert list(got.routing.tokens[0].shares) == pytest.approx([0.1, 0.6, 0.2, 0.1])
+    assert list(choice.routing.experts) == ["plain", "wide", "rooted", "partial"]
+    assert choice.routing.dominating == "wide"
+    assert [token.token for token in choice.routing.tokens] == ["y", "e", "s", ""]
+    assert list(choice.routing.tokens[0].shares) == pytest.approx([0.1, 0.6, 0.2, 0.1])
 
 
 async def test_a_stream_ends_with_reason_and_usage(tokenizer: TextTokenizer, make_service: MakeService) -> None:
     servicer = methods(make_service, says(tokenizer, "é!"))
     got = [message async for message in servicer.GenerateStream(pb.GenerateRequest(prompt="Hi"), Context())]
-    assert [message.text for message in got] == ["é", "!", ""]
-    assert [message.finish_reason for message in got] == [0, 0, pb.FINISH_REASON_STOP]
+    assert [message.choice.text for message in got] == ["é", "!", ""]
+    assert [message.choice.finish_reason for message in got] == [0, 0, pb.FINISH_REASON_STOP]
     assert [message.HasField("usage") for message in got] == [False, False, True]
-    assert not any(message.HasField("routing") for message in got)
+    assert not any(message.choice.HasField("routing") for message in got)
 
 
 async def test_list_experts_describes_the_bank(make_service: MakeService) -> None:
@@ -88,10 +109,14 @@ async def test_list_experts_describes_the_bank(make_service: MakeService) -> Non
 @pytest.mark.parametrize(
     ("request_", "code", "details"),
     [
-        (pb.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT, "one of prompt and chat is required"),
+        (pb.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT, "one of prompt, chat, texts and token_prompts"),
         (pb.GenerateRequest(prompt="a", max_tokens=-1), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens is -1"),
         (pb.GenerateRequest(prompt="x" * 99), grpc.StatusCode.INVALID_ARGUMENT, "holds 64 tokens"),
-        (pb.GenerateRequest(prompt="a", model="nobody"), grpc.StatusCode.NOT_FOUND, "served are auto, base"),
+        (
+            pb.GenerateRequest(prompt="a", model="nobody"),
+            grpc.StatusCode.NOT_FOUND,
+            "served are auto, auto-sequence, base",
+        ),
         (
             pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="tool")])),
             grpc.StatusCode.INVALID_ARGUMENT,
@@ -128,7 +153,7 @@ async def test_an_engine_that_dies_in_a_stream_is_unavailable(
     servicer = methods(make_service, says(tokenizer, "half", error=EngineUnavailable("restarting")))
     context = Context()
     stream = servicer.GenerateStream(pb.GenerateRequest(prompt="Hi"), context)
-    got = [(await anext(stream)).text for _ in range(4)]
+    got = [(await anext(stream)).choice.text for _ in range(4)]
     with pytest.raises(CallFailed):
         await anext(stream)
     assert ("".join(got), context.code) == ("half", grpc.StatusCode.UNAVAILABLE)

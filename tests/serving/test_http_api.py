@@ -112,9 +112,17 @@ async def test_the_trace_is_in_the_choice(yes: httpx.AsyncClient, tokenizer: Tex
 async def test_models_lists_modes_and_experts(yes: httpx.AsyncClient) -> None:
     got = (await yes.get("/v1/models")).json()
     assert got["object"] == "list"
-    assert [model["id"] for model in got["data"]] == ["auto", "base", "plain", "wide", "rooted", "partial"]
+    assert [model["id"] for model in got["data"]] == [
+        "auto",
+        "auto-sequence",
+        "base",
+        "plain",
+        "wide",
+        "rooted",
+        "partial",
+    ]
     assert set(got["data"][0]) == {"id", "object", "created", "owned_by"}
-    assert (await yes.get("/v1/models/wide")).json() == got["data"][3]
+    assert (await yes.get("/v1/models/wide")).json() == got["data"][4]
 
 
 async def test_content_parts_and_harmless_fields_are_taken(tokenizer: TextTokenizer, connect: Connect) -> None:
@@ -139,16 +147,19 @@ C = "/v1/chat/completions"
         (P, b"[]", 400, None, "the body: input should be an object"),
         (P, {}, 400, "prompt", "field required"),
         (P, {"prompt": "a", "promt": 1}, 400, "promt", "promt is not a field"),
-        (P, {"prompt": ["a"]}, 400, "prompt", "must be one string"),
+        (P, {"prompt": ["a", 5]}, 400, "prompt", "must be a text, a list of texts"),
+        (P, {"prompt": []}, 400, "prompt", "at least one prompt"),
+        (P, {"prompt": [[1], []]}, 400, "prompt", "no tokens"),
         (P, {"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "max_tokens is -1"),
         (P, {"prompt": "a", "max_tokens": "5"}, 400, "max_tokens", "valid integer"),
         (P, {"prompt": "a", "temperature": 3}, 400, "temperature", "between 0 and 2"),
         (P, {"prompt": "a", "stop": [1]}, 400, "stop", "valid string"),
-        (P, {"prompt": "a", "n": 2}, 400, "n", "one choice"),
+        (P, {"prompt": ["a", "b"], "n": 17}, 400, "n", "at most 32 answers"),
+        (P, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "'x' is no token id"),
         (P, {"prompt": "a", "routing": {"k": 2}}, 400, "routing.k", "routing.k is not a field"),
         (P, {"prompt": "a", "routing": {"top_k": 0}}, 400, "routing.top_k", "at least 1"),
         (P, {"prompt": "a", "stream_options": {}}, 400, "stream_options", "only allowed when stream"),
-        (P, {"prompt": "a", "model": "nobody"}, 404, "model", "served are auto, base, plain"),
+        (P, {"prompt": "a", "model": "nobody"}, 404, "model", "served are auto, auto-sequence, base"),
         (P, {"prompt": "x" * 99}, 400, "prompt", "holds 64 tokens"),
         (C, {"messages": []}, 400, "messages", "at least 1 item"),
         (C, {"messages": [{"role": "tool", "content": ""}]}, 400, "messages.0.role", "'system', 'developer'"),

@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
-from meteora_dist.errors import EngineUnavailable, ExpertNotFound, InvalidRequest, Overloaded, PromptTooLong
+from meteora_dist.errors import EngineUnavailable, ExpertNotFound, Overloaded, PromptTooLong
 from meteora_dist.moe.routing import BASE, RoutingChoice, named
-from meteora_dist.serving.request import Answer, TextRequest, collect
+from meteora_dist.serving.request import Answer, Prompt, TextRequest, TokenIds, collect, usage_of
+from meteora_dist.serving.selection import Selection, select
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.conftest import MakeService
 from tests.serving.scripted import ScriptedEngine, says
 
 
-async def answer(service: TextService, **fields: object) -> Answer:
-    request = TextRequest(**{"prompt": "Hi", **fields})  # type: ignore[arg-type]
-    return await collect(service.pieces(await service.prepare(request)))
+async def answer(service: TextService, prompt: Prompt = "Hi", **fields: Any) -> Answer:
+    return (await answers(service, (prompt,), **fields))[0]
+
+
+async def answers(service: TextService, prompts: tuple[Prompt, ...], **fields: Any) -> tuple[Answer, ...]:
+    prepared = await service.prepare(TextRequest(prompts, **fields))
+    return await collect(service.pieces(prepared), len(prepared.answers))
 
 
 async def test_an_answer_has_text_reason_and_counts(tokenizer: TextTokenizer, make_service: MakeService) -> None:
@@ -57,20 +63,45 @@ async def test_the_trace_has_every_token_and_the_dominating_expert(
 
 
 @pytest.mark.parametrize(
-    ("fields", "routing"),
+    ("selection", "routing"),
     [
-        ({}, RoutingChoice("auto", 2, 1.0)),
-        ({"top_k": 9, "gate_temperature": 20.0}, RoutingChoice("auto", 4, 20.0)),
-        ({"model": "base"}, BASE),
-        ({"model": "rooted"}, named(2)),
+        (Selection(), RoutingChoice("auto", 2, 1.0)),
+        (Selection(top_k=9, temperature=20.0), RoutingChoice("auto", 4, 20.0)),
+        (Selection("base"), BASE),
+        (select("rooted"), named(2)),
+        (select("wide:0.5,plain:-2"), RoutingChoice("fixed", experts=((1, 0.5), (0, -2.0)))),
     ],
 )
-async def test_the_model_chooses_the_routing(
-    tokenizer: TextTokenizer, make_service: MakeService, fields: dict[str, object], routing: RoutingChoice
+async def test_the_selection_chooses_the_routing(
+    tokenizer: TextTokenizer, make_service: MakeService, selection: Selection, routing: RoutingChoice
 ) -> None:
     engine = says(tokenizer, "x")
-    await answer(make_service(engine), **fields)
+    await answer(make_service(engine), selection=selection)
     assert engine.seen[0].routing == routing
+
+
+async def test_auto_sequence_votes_once_a_prompt_and_then_names_the_expert(
+    tokenizer: TextTokenizer, make_service: MakeService
+) -> None:
+    engine = says(tokenizer, "x")
+    await answers(make_service(engine), ("Hi",), n=2, selection=Selection("auto-sequence"))
+    vote, *answered = engine.seen
+    assert (vote.vote, vote.max_tokens, vote.routing) == (True, 1, RoutingChoice("auto", 2, 1.0))
+    # The scripted engine gives expert 1 the largest share.
+    assert [request.routing for request in answered] == [named(1), named(1)]
+    assert {request.prompt_ids for request in engine.seen} == {tokenizer.encode("Hi")}
+
+
+async def test_a_call_may_have_several_prompts_and_answers(tokenizer: TextTokenizer, make_service: MakeService) -> None:
+    engine = says(tokenizer, "yes")
+    prompts = ("Hi", TokenIds(tokenizer.encode("Hello")))
+    got = await answers(make_service(engine, 6), prompts, n=3, seed=5)
+    assert [(one.index, one.text) for one in got] == [(index, "yes") for index in range(6)]
+    assert usage_of(tuple(one.ending for one in got), 3).prompt_tokens == 2 + 5
+    seeds = [request.sampling.seed for request in sorted(engine.seen, key=lambda request: request.request_id)]
+    assert seeds[0] == 5
+    assert len(set(seeds[:3])) == 3
+    assert seeds[:3] == seeds[3:]
 
 
 async def test_only_requests_without_a_seed_get_different_ones(
@@ -85,42 +116,18 @@ async def test_only_requests_without_a_seed_get_different_ones(
     assert seeds[2:] == [7, 7, 2**63 - 1]
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "says"),
-    [
-        ({"max_tokens": -1}, "max_tokens", "max_tokens is -1, but must be at least 1"),
-        ({"temperature": 2.5}, "temperature", "between 0 and 2"),
-        ({"temperature": float("nan")}, "temperature", "between 0 and 2"),
-        ({"top_p": 0.0}, "top_p", "above 0"),
-        ({"seed": 2**63}, "seed", "64-bit"),
-        ({"stop": ("",)}, "stop", "empty text"),
-        ({"stop": tuple("abcde")}, "stop", "5 texts, but must be at most 4"),
-        ({"top_k": 0}, "routing.top_k", "at least 1"),
-        ({"gate_temperature": 0.0}, "routing.temperature", "above 0"),
-        ({"prompt": ()}, "messages", "at least one message"),
-        ({"prompt": ""}, "prompt", "no tokens"),
-    ],
-)
-async def test_a_value_out_of_range_is_named(
-    make_service: MakeService, fields: dict[str, object], param: str, says: str
-) -> None:
-    with pytest.raises(InvalidRequest, match=says) as caught:
-        await answer(make_service(ScriptedEngine([])), **fields)
-    assert caught.value.param == param
-
-
 async def test_too_long_prompts_and_answers_are_refused_with_the_numbers(make_service: MakeService) -> None:
     service = make_service(ScriptedEngine([]))
     with pytest.raises(PromptTooLong, match=r"holds 64 tokens.*needs 65: 64 of the prompt"):
         await answer(service, prompt="x" * 64)
     with pytest.raises(PromptTooLong, match=r"needs 72: 2 of the prompt and 70 of the answer"):
         await answer(service, max_tokens=70)
-    assert (await service.prepare(TextRequest("x" * 60))).generation.max_tokens == 4
+    assert (await service.prepare(TextRequest(("x" * 60,)))).answers[0].max_tokens == 4
 
 
 async def test_an_unknown_model_is_refused_with_those_there_are(make_service: MakeService) -> None:
-    with pytest.raises(ExpertNotFound, match="'nobody' here; served are auto, base, plain, wide, rooted, partial"):
-        await answer(make_service(ScriptedEngine([])), model="nobody")
+    with pytest.raises(ExpertNotFound, match="'nobody' here; served are auto, auto-sequence, base, plain, wide"):
+        await answer(make_service(ScriptedEngine([])), selection=select("nobody"))
 
 
 async def test_one_request_too_many_is_refused_and_room_comes_back(
@@ -131,7 +138,7 @@ async def test_one_request_too_many_is_refused_and_room_comes_back(
     running = [asyncio.ensure_future(answer(service)) for _ in range(2)]
     while len(engine.seen) < 2:
         await asyncio.sleep(0.01)
-    with pytest.raises(Overloaded, match="2 requests are under way"):
+    with pytest.raises(Overloaded, match="2 answers are under way"):
         await answer(service)
     running[0].cancel()
     await asyncio.gather(running[0], return_exceptions=True)
@@ -144,7 +151,7 @@ async def test_closing_the_pieces_cancels_and_frees(tokenizer: TextTokenizer, ma
     engine = says(tokenizer, "a long answer")
     service = make_service(engine)
     for _ in range(3):
-        async with aclosing(service.pieces(await service.prepare(TextRequest("Hi")))) as pieces:
+        async with aclosing(service.pieces(await service.prepare(TextRequest(("Hi",))))) as pieces:
             assert (await anext(pieces)).text == "a"
     assert engine.closed == [request.request_id for request in engine.seen]
 

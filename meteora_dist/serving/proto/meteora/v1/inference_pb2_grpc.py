@@ -56,22 +56,22 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Answers a prompt in one message.
+        """Answers prompts in one message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Answers a prompt piece by piece, as it is produced. The last message, and only it, has a finish reason and usage.
-        Ending the call early ends the generation.
+        """Answers prompts piece by piece, as they are produced. The last message, and only it, has the usage. Ending the
+        call early ends the generation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListExperts(self, request, context):
-        """Lists what `GenerateRequest.model` may name.
+        """Lists the experts that `GenerateRequest.model` may name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
