@@ -32,6 +32,10 @@ class ExpertNotFound(InvalidRequest):
     """The request names a model or an expert that is not served."""
 
 
+class StaleGeneration(InvalidRequest):
+    """A change that was meant for another generation of the bank than the newest."""
+
+
 class Overloaded(MeteoraError):
     """The queue is full; the request was not started."""
 

@@ -18,7 +18,9 @@ from meteora_cluster.heartbeat import Heartbeat, failing
 from meteora_cluster.member import Member
 from meteora_cluster.placement import Resources, check_bundles, world_bundles
 from meteora_cluster.processes import LocalProcesses
-from meteora_cluster.waiting import all_of, calls, reason_of
+from meteora_cluster.waiting import LAST_WORDS_S, all_of, calls, reason_of
+
+_STARTING = "starting the ranks"
 
 
 class ActorGroup:
@@ -49,6 +51,7 @@ class ActorGroup:
         max_concurrency: int = 1000,
         env: Mapping[str, str] | None = None,
         actors: Sequence[ActorHandle[Any]] = (),
+        heartbeat: Heartbeat | None = None,
     ) -> ActorGroup:
         """Starts one actor a rank and returns once every one is ready.
 
@@ -62,10 +65,11 @@ class ActorGroup:
             max_concurrency: Calls one rank serves at a time.
             env: Environment variables of the ranks' processes.
             actors: Actors of ``placement`` that become the ranks, with ``arguments`` anew; new ones without them.
+            heartbeat: How closely the ranks are watched while they start; None does not.
 
         Raises:
             PlacementError: The cluster has no room, or ``placement`` does not fit the world.
-            RankFailed: A rank raised or died while starting; carries what each said.
+            RankFailed: A rank raised, died or no longer answered while starting; carries what each said.
             RankTimeout: A rank was not ready in time.
         """
         bundles = world_bundles(len(arguments), rank, driver)
@@ -79,7 +83,7 @@ class ActorGroup:
             group.actors = tuple(actors) or create(member, arguments, rank, home, max_concurrency, env)
             if actors:
                 await group._assign(arguments, timeout_s)
-            await group._meet(timeout_s)
+            await group._meet(timeout_s, heartbeat)
         except BaseException:
             group.stop()
             raise
@@ -88,7 +92,7 @@ class ActorGroup:
     async def watch(self, heartbeat: Heartbeat) -> RankFailed:
         """Waits until the first rank stops working, and returns what it said, or that it no longer says anything."""
         ends = calls([actor.watch.remote() for actor in self.actors])
-        hangs = {asyncio.ensure_future(failing(actor, heartbeat)): rank for rank, actor in enumerate(self.actors)}
+        hangs = self._hangs(heartbeat)
         try:
             done, _ = await asyncio.wait([*ends, *hangs], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -116,11 +120,27 @@ class ActorGroup:
         pairs = zip(self.actors, arguments, strict=True)
         await all_of([actor.assign.remote(*own) for actor, own in pairs], "assigning the places", timeout_s)
 
-    async def _meet(self, timeout_s: float) -> None:
+    async def _meet(self, timeout_s: float, heartbeat: Heartbeat | None) -> None:
         where = await all_of([actor.whereabouts.remote() for actor in self.actors], "finding the ranks", timeout_s)
         self._processes.hold(where)
         (meeting,) = await all_of([self.actors[0].rendezvous.remote()], "choosing the meeting point", timeout_s)
-        await all_of([actor.start.remote(meeting) for actor in self.actors], "starting the ranks", timeout_s)
+        calls_of_start = [actor.start.remote(meeting) for actor in self.actors]
+        starts = asyncio.ensure_future(all_of(calls_of_start, _STARTING, timeout_s))
+        hangs = self._hangs(heartbeat) if heartbeat else {}
+        try:
+            done, _ = await asyncio.wait([starts, *hangs], return_when=asyncio.FIRST_COMPLETED)
+            # What a rank says itself is worth more than that it no longer answers.
+            await asyncio.wait([starts], timeout=LAST_WORDS_S if hangs.keys() & done else None)
+            if not starts.done():
+                raise RankFailed(_STARTING, {hangs[task]: task.result() for task in done & hangs.keys()})
+            starts.result()
+        finally:
+            for task in [starts, *hangs]:
+                task.cancel()
+
+    def _hangs(self, heartbeat: Heartbeat) -> dict[asyncio.Task[str], int]:
+        """One task a rank, with its number, that ends when the rank no longer answers or makes progress."""
+        return {asyncio.ensure_future(failing(actor, heartbeat)): rank for rank, actor in enumerate(self.actors)}
 
 
 async def _placed(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:

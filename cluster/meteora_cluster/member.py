@@ -60,7 +60,7 @@ class Member(ABC):
 
     @abstractmethod
     async def beat(self) -> float | None:
-        """Seconds since this rank last made progress, or None when it has nothing to do."""
+        """Seconds since this rank last made progress, or None when it has nothing to do or is still to start."""
 
 
 def free_port(host: str = "") -> int:

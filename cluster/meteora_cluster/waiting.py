@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorErro
 
 from meteora_cluster.errors import RankFailed, RankTimeout
 
-_LAST_WORDS_S = 2.0
+LAST_WORDS_S = 2.0
 """How long the other ranks may still report after the first failure: the first to fail is often not the cause."""
 
 
@@ -38,7 +38,7 @@ async def all_of(refs: Sequence[Any], doing: str, timeout_s: float) -> list[Any]
     try:
         done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         if pending and any(task.exception() for task in done):
-            done, pending = await asyncio.wait(tasks, timeout=_LAST_WORDS_S)
+            done, pending = await asyncio.wait(tasks, timeout=LAST_WORDS_S)
     finally:
         for task in tasks:
             task.cancel()

@@ -90,6 +90,11 @@ class Adapter:
     shapes: Mapping[str, LoraShape]
     header: Header = field(repr=False)
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in its matrices."""
+        return sum(shape.rank * (shape.in_features + shape.out_features) for shape in self.shapes.values())
+
     def load(
         self,
         module: str,

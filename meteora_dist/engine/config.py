@@ -12,6 +12,11 @@ from meteora_dist.config import StrictModel
 from meteora_dist.engine.mesh import Mesh
 
 
+def expanded(path: Path) -> Path:
+    """``path`` with ``~`` and environment variables replaced."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
 class EngineConfig(StrictModel):
     """The model, its bank, the mesh and the limits of one engine. Paths may hold ``~`` and environment variables.
 
@@ -42,7 +47,7 @@ class EngineConfig(StrictModel):
     @field_validator("model", "bank")
     @classmethod
     def _expand(cls, path: Path) -> Path:
-        return Path(os.path.expandvars(path)).expanduser()
+        return expanded(path)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -52,6 +57,11 @@ class EngineConfig(StrictModel):
                 f"{self.max_model_len}"
             )
         return self
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one number in ``dtype``."""
+        return {"float32": 4, "bfloat16": 2}[self.dtype]
 
     @property
     def mesh(self) -> Mesh:

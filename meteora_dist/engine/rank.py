@@ -165,6 +165,11 @@ class RankEngine:
         """Memory this rank uses for the bank."""
         return self.routed.resident
 
+    @property
+    def loads(self) -> dict[str, int]:
+        """How often tokens of this rank's requests were routed to each adapter, by digest, for every linear."""
+        return dict(zip(self.routed.holdings.residency.roster.slots, self.routed.loads, strict=True))
+
     def stalled_s(self) -> float | None:
         """Seconds since the loop began its latest step; None while it sleeps for want of work."""
         return self._manager.stalled_s()

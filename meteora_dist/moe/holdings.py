@@ -66,9 +66,9 @@ class Holdings:
         linears = {number: len(bank.linears) for number, bank in self.banks.items()}
         return live_generations(self.residency.roster, prototypes, linears)
 
-    def adapter(self, digest: str) -> Adapter:
-        """The adapter of that digest, in whichever bank."""
-        return next(a for bank in self.banks.values() for a in bank.adapters if a.digest == digest)
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters of all live generations by digest, each in the newest bank that has it."""
+        return {adapter.digest: adapter for bank in self.banks.values() for adapter in bank.adapters}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +146,9 @@ def _state(
 ) -> GroupState:
     """The state for ``then``, with the experts and gates that are here already, by digest and by generation."""
     dtype, device = before.stack.dtype, before.stack.scales_NE.device
+    adapters = then.adapters()
     wanted = [
-        experts[digest] if digest in experts else read_expert(then.adapter(digest), shape, dtype, device)
+        experts[digest] if digest in experts else read_expert(adapters[digest], shape, dtype, device)
         for digest in then.residency.held_by(group)
     ]
     loaded = [

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from meteora_dist.bank import Bank
-from meteora_dist.moe.placement import Placement, contiguous
+from meteora_dist.moe.balance import initial
+from meteora_dist.moe.placement import Placement
 from meteora_dist.moe.roster import Roster, carry_over, resident, roster_of
 
 
@@ -31,10 +32,12 @@ class Residency:
 
     @classmethod
     def of(cls, bank: Bank, groups: int) -> Residency:
-        """One generation, its experts spread evenly over ``groups`` expert-parallel groups."""
+        """One generation, the bytes of its adapters spread evenly over ``groups`` expert-parallel groups."""
         number = bank.manifest.generation
         roster = roster_of({number: bank.digests})
-        return cls(roster, contiguous(len(roster.slots), groups), {number: bank.path})
+        size_of = {adapter.digest: adapter.parameters for adapter in bank.adapters}
+        placement = initial([size_of[digest] for digest in roster.slots], groups)
+        return cls(roster, placement, {number: bank.path})
 
     def with_bank(self, bank: Bank) -> Residency:
         """With one more generation; what is resident stays where it is.

@@ -13,10 +13,10 @@ from meteora_dist.serving.selection import CHOOSING, Selection
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The served models.
+    """The models that one bank generation serves. Routing and shares made from it count in that generation's order.
 
     Attributes:
-        manifest: The bank behind them.
+        manifest: Of the generation.
     """
 
     manifest: BankManifest

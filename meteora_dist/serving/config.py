@@ -9,7 +9,10 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationErr
 
 from meteora_cluster.heartbeat import Heartbeat
 from meteora_cluster.placement import Resources
-from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.config import EngineConfig, expanded
+
+STARTING_ANSWER_S = 30.0
+"""Seconds a rank gets to answer while it starts: imports of large libraries may hold up everything else in it."""
 
 
 class ServiceConfig(EngineConfig):
@@ -30,7 +33,11 @@ class ServiceConfig(EngineConfig):
             the replica's health check fails, and Serve replaces it.
         standby: Whether each rank has a second process that waits to take its place, with all libraries imported: a
             rebuild then takes the time of loading alone. Costs the memory of the libraries, some 400 MB a rank.
-        rebuild_wait_s: Seconds that new requests wait for a world that is being rebuilt, before they are refused.
+        rebuild_wait_s: Seconds that new requests, and changes of the experts, wait for a world that is being rebuilt,
+            before they are refused.
+        generations: Folder in which the service keeps the generations of the bank that changes of the experts make;
+            every rank must see it. None for one beside the bank, with its name and ``-generations``, where a
+            generation shares unchanged files with the bank by hard links. It belongs to one replica.
     """
 
     max_live_requests: PositiveInt = 128
@@ -44,12 +51,18 @@ class ServiceConfig(EngineConfig):
     max_rebuilds: PositiveInt = 3
     rebuild_wait_s: NonNegativeFloat = 30.0
     standby: bool = False
+    generations: Path | None = None
 
     @field_validator("model", "bank")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
         # Ray's workers may run in another folder than the one the path was written for.
         return path.absolute()
+
+    @field_validator("generations")
+    @classmethod
+    def _place(cls, path: Path | None) -> Path | None:
+        return None if path is None else expanded(path).absolute()
 
     @model_validator(mode="after")
     def _standby_without_device(self) -> Self:
@@ -66,6 +79,16 @@ class ServiceConfig(EngineConfig):
     def heartbeat(self) -> Heartbeat:
         """How closely the ranks are watched."""
         return Heartbeat(self.heartbeat_s, self.heartbeat_timeout_s, self.stall_timeout_s)
+
+    @property
+    def starting_heartbeat(self) -> Heartbeat:
+        """How closely they are watched while they start."""
+        return Heartbeat(self.heartbeat_s, max(self.heartbeat_timeout_s, STARTING_ANSWER_S), self.start_timeout_s)
+
+    @property
+    def generations_folder(self) -> Path:
+        """Where the generations of the bank are kept."""
+        return self.generations or self.bank.with_name(f"{self.bank.name}-generations")
 
     @property
     def rank(self) -> Resources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ from ray.util.placement_group import PlacementGroup
 
 from meteora_cluster.group import ActorGroup
 from meteora_cluster.standby import Standby
+from meteora_cluster.waiting import value
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, MeteoraError
+from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.config import ServiceConfig
-from meteora_dist.serving.ranks import RankActor
+from meteora_dist.serving.ranks import RankActor, RankReport
 
 _SPARE_CALLS = 16
 """Calls a rank serves beside requests: starting, watching, answering questions."""
@@ -35,18 +37,20 @@ class Blueprint:
 
     Attributes:
         config: The service's configuration.
+        residency: What the ranks start with.
         placement: Where the ranks live, beside the calling process in bundle 0; None makes a placement of their own.
         member: The class of the ranks.
     """
 
     config: ServiceConfig
+    residency: Residency
     placement: PlacementGroup | None = None
     member: type[RankActor] = RankActor
 
     @property
-    def arguments(self) -> list[tuple[ServiceConfig, int]]:
+    def arguments(self) -> list[tuple[ServiceConfig, int, Residency]]:
         """Constructor arguments of each rank."""
-        return [(self.config, rank) for rank in range(self.config.mesh.size)]
+        return [(self.config, rank, self.residency) for rank in range(self.config.mesh.size)]
 
     @property
     def max_concurrency(self) -> int:
@@ -77,6 +81,7 @@ class Crew:
         self._drivers = [rank for rank in range(mesh.size) if mesh.tp_rank(rank) == 0]
         self._actors = group.actors
         self._live = dict.fromkeys(self._drivers, 0)
+        self._changes = 0
         self._causes: dict[int, str] = {}
         self._lost = asyncio.Event()
         self._watch = asyncio.ensure_future(self._watch_ranks(blueprint.config))
@@ -103,6 +108,7 @@ class Crew:
             timeout_s=config.start_timeout_s,
             max_concurrency=blueprint.max_concurrency,
             actors=actors,
+            heartbeat=config.starting_heartbeat,
         )
         crew = cls(group, blueprint)
         try:
@@ -143,6 +149,31 @@ class Crew:
             if not over:
                 ray.cancel(stream)
 
+    async def prepare(self, residency: Residency) -> int:
+        """Lets every rank load what it lacks of ``residency``, and returns the number to commit it by.
+
+        When one of them cannot, all forget it again. A residency is prepared after the one before is in force.
+
+        Raises:
+            RankLost: A rank was lost.
+            CheckpointError: A bank cannot be read, or does not fit, in the words of the first rank that says so.
+        """
+        self._changes += 1
+        number = self._changes
+        outcomes = await self._ask_all(lambda actor: actor.prepare.remote(number, residency))
+        if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
+            await self._ask_all(lambda actor: actor.discard.remote(number))
+            raise failures[0]
+        return number
+
+    async def commit(self, number: int) -> None:
+        """Puts what was prepared in force on all ranks, and returns when it is; raises RankLost."""
+        await self._ask_all(lambda actor: actor.commit.remote(number))
+
+    async def reports(self) -> list[RankReport]:
+        """What each rank says of its part of the bank; raises RankLost."""
+        return await self._ask_all(lambda actor: actor.report.remote())
+
     async def end(self) -> str:
         """Waits until a rank is lost, and returns why, in the ranks' own words."""
         await self._lost.wait()
@@ -171,6 +202,29 @@ class Crew:
     async def _watch_ranks(self, config: ServiceConfig) -> None:
         failed = await self._group.watch(config.heartbeat)
         self._lose(failed.reasons)
+
+    async def _ask_all(self, question: Callable[[Any], Any]) -> list[Any]:
+        """What every rank answers, or the error it raises, once all have spoken; raises RankLost when one is lost."""
+        answers = [asyncio.ensure_future(value(question(actor))) for actor in self._actors]
+        all_answers = asyncio.ensure_future(asyncio.wait(answers))
+        lost = asyncio.ensure_future(self._lost.wait())
+        try:
+            await asyncio.wait([all_answers, lost], return_when=asyncio.FIRST_COMPLETED)
+            if self._lost.is_set():
+                raise RankLost
+            outcomes = [self._outcome(rank, answer) for rank, answer in enumerate(answers)]
+        finally:
+            for task in [*answers, all_answers, lost]:
+                task.cancel()
+        if any(isinstance(outcome, RankLost) for outcome in outcomes):
+            raise RankLost
+        return outcomes
+
+    def _outcome(self, rank: int, answer: asyncio.Task[Any]) -> Any:
+        error = answer.exception()
+        if error is None:
+            return answer.result()
+        return self._own(rank, error) if isinstance(error, RayTaskError) else self._lose({rank: "its process ended"})
 
     def _own(self, driver: int, error: RayTaskError) -> Exception:
         """What a rank's error means here; one that cannot go on with a request is as good as lost."""

@@ -221,7 +221,7 @@ def _choice(prepared: Prepared, part: Answer | Piece) -> pb.Choice:
 
 def _trace(prepared: Prepared, part: Answer | Piece) -> pb.RoutingTrace:
     shown = [pb.TokenRouting(token=token.token, id=token.id, shares=token.shares) for token in part.tokens]
-    return pb.RoutingTrace(experts=prepared.experts, tokens=shown, dominating=part.dominating or "")
+    return pb.RoutingTrace(experts=part.experts, tokens=shown, dominating=part.dominating or "")
 
 
 def _scored(token: ScoredToken) -> pb.ScoredToken:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
@@ -13,17 +14,35 @@ from meteora_cluster.member import Member
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable
+from meteora_dist.moe.residency import Residency
 
 if TYPE_CHECKING:
     from meteora_dist.engine.rank import RankEngine
 
 
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What a rank says of its part of the bank.
+
+    Attributes:
+        expert_bytes: Memory of its part of the experts.
+        gate_bytes: Memory of the gates of all live generations.
+        loads: How often tokens of its own requests were routed to each adapter, by digest, once for every linear,
+            since the rank started; ranks of a tp group count the same.
+    """
+
+    expert_bytes: int
+    gate_bytes: int
+    loads: Mapping[str, int]
+
+
 class RankActor(Member):
     """Runs one :class:`~meteora_dist.engine.rank.RankEngine` for a replica in another process."""
 
-    def __init__(self, config: EngineConfig, rank: int) -> None:
+    def __init__(self, config: EngineConfig, rank: int, residency: Residency) -> None:
         self._config = config
         self._rank = rank
+        self._residency = residency
         self._engine: RankEngine | None = None
 
     async def stand_by(self) -> None:
@@ -34,7 +53,7 @@ class RankActor(Member):
         """Loads the model and this rank's experts; returns when all ranks have met at ``rendezvous``."""
         meeting = f"tcp://{rendezvous}" if self._config.mesh.size > 1 else None
         try:
-            self._engine = await asyncio.to_thread(_load, self._config, self._rank, meeting)
+            self._engine = await asyncio.to_thread(_load, self._config, self._rank, meeting, self._residency)
         except Exception as error:
             # Plain text crosses processes whatever the error is made of.
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
@@ -46,8 +65,8 @@ class RankActor(Member):
         engine.check()
 
     async def beat(self) -> float | None:
-        """Seconds since the generation loop began its latest step; None while it sleeps for want of work."""
-        return self._running().stalled_s()
+        """Seconds since the generation loop began its latest step; None while it sleeps or is still to start."""
+        return None if self._engine is None else self._engine.stalled_s()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yields the request's tokens; cancelling the call frees what it holds on this rank."""
@@ -56,10 +75,31 @@ class RankActor(Member):
             async for event in events:
                 yield event
 
+    async def prepare(self, number: int, residency: Residency) -> None:
+        """Loads what this rank lacks of ``residency``, beside what it holds; see ``RankEngine.prepare``."""
+        await asyncio.to_thread(self._running().prepare, number, residency)
+
+    async def commit(self, number: int) -> None:
+        """Returns once a prepared change is in force on all ranks; see ``RankEngine.commit``."""
+        await asyncio.to_thread(self._running().commit, number)
+
+    async def discard(self, number: int) -> None:
+        """Forgets a change, if it was prepared; see ``RankEngine.discard``."""
+        self._running().discard(number)
+
+    async def report(self) -> RankReport:
+        """What it holds of the bank, and how much of it was used."""
+        return await asyncio.to_thread(_report, self._running())
+
     def _running(self) -> RankEngine:
         if self._engine is None:
             raise EngineUnavailable("this rank has not started yet")
         return self._engine
+
+
+def _report(engine: RankEngine) -> RankReport:
+    resident = engine.resident
+    return RankReport(resident.expert_bytes, resident.gate_bytes, engine.loads)
 
 
 def _import_engine() -> None:
@@ -71,8 +111,8 @@ def _import_engine() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def _load(config: EngineConfig, rank: int, meeting: str | None) -> RankEngine:
+def _load(config: EngineConfig, rank: int, meeting: str | None, residency: Residency) -> RankEngine:
     # Imported here: the replica knows this module too, and has no use for the engine's libraries.
     from meteora_dist.engine.rank import RankEngine
 
-    return RankEngine(config, rank, meeting)
+    return RankEngine(config, rank, meeting, residency)

@@ -73,7 +73,7 @@ class TokenTrace:
     Attributes:
         token: The text it completed: empty inside a character of several tokens, and for special tokens.
         id: Its id.
-        shares: Each expert's share of the gate weight, in the order of the bank.
+        shares: Each expert's share of the gate weight, in the order of ``Piece.experts``.
     """
 
     token: str
@@ -137,6 +137,7 @@ class Piece:
         index: Number of the answer: that of its prompt, times n, plus that among the prompt's answers.
         tokens: New tokens; empty unless the request asked for a trace.
         logprobs: New tokens; empty unless the request asked for them.
+        experts: Names of the experts, in the order of the shares.
         dominating: With a trace, the expert with the largest share over all tokens so far; None when none acted.
         ending: Set in the answer's last piece only.
     """
@@ -145,6 +146,7 @@ class Piece:
     index: int = 0
     tokens: tuple[TokenTrace, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    experts: tuple[str, ...] = ()
     dominating: str | None = None
     ending: Ending | None = None
 
@@ -162,6 +164,7 @@ class Answer:
     index: int
     tokens: tuple[TokenTrace, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    experts: tuple[str, ...]
     dominating: str | None
     ending: Ending
 
@@ -200,6 +203,7 @@ def _joined(parts: list[Piece]) -> Answer:
         index=last.index,
         tokens=tuple(token for part in parts for token in part.tokens),
         logprobs=tuple(token for part in parts for token in part.logprobs),
+        experts=last.experts,
         dominating=last.dominating,
         ending=last.ending,
     )

@@ -10,8 +10,11 @@ from ray.util import get_current_placement_group
 
 from meteora_dist.bank import Bank
 from meteora_dist.errors import EngineUnavailable
+from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.experts import ExpertAdmin
+from meteora_dist.serving.generations import Generations
 from meteora_dist.serving.grpc_api import GrpcMethods
 from meteora_dist.serving.http_api import create_api
 from meteora_dist.serving.ranks import RankActor
@@ -25,6 +28,7 @@ class Server(GrpcMethods):
 
     Attributes:
         member: The class of its ranks.
+        experts: Changes the bank that it serves.
     """
 
     member: ClassVar[type[RankActor]] = RankActor
@@ -40,10 +44,14 @@ class Server(GrpcMethods):
             ClusterError: The ranks could not be placed or did not start.
         """
         bank, tokenizer = await asyncio.to_thread(open_model, config)
-        self._world = await World.launch(config, get_current_placement_group(), self.member)
+        generations = Generations(config.bank, config.generations_folder)
+        await asyncio.to_thread(generations.tidy)
+        residency = Residency.of(bank, config.ep)
+        self._world = await World.launch(config, residency, get_current_placement_group(), self.member)
         self.service = TextService(
             self._world, tokenizer, Catalog(bank.manifest), config.max_model_len, config.max_live_requests
         )
+        self.experts = ExpertAdmin(self._world, self.service, generations, bank)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP application; Serve calls this after the constructor."""
@@ -56,11 +64,11 @@ class Server(GrpcMethods):
 
 
 def open_model(config: ServiceConfig) -> tuple[Bank, TextTokenizer]:
-    """The bank, checked against its base model, and the model's tokenizer.
+    """The newest generation of the bank, checked against its base model, and the model's tokenizer.
 
     Raises:
         CheckpointError: One of them cannot be used.
     """
-    bank = Bank.open(config.bank)
+    bank = Generations(config.bank, config.generations_folder).open()
     bank.check_base(config.model)
     return bank, TextTokenizer.open(config.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from random import SystemRandom
 from time import time
@@ -31,6 +31,9 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yields the request's tokens; closing the generator cancels it. Raises EngineUnavailable."""
 
+    def using(self, generation: int) -> AbstractContextManager[None]:
+        """Keeps a bank generation for requests for as long as the block runs."""
+
     def check(self) -> None:
         """Raises EngineUnavailable when it cannot answer."""
 
@@ -42,15 +45,14 @@ class Prepared:
     Attributes:
         id: Of the call, unique.
         asked: As it came.
-        answers: What the engine is asked for, by the answers' indices; under ``auto-sequence`` before the vote.
-        experts: Names, in the order of routing shares.
+        answers: What the engine is asked for, by the answers' indices, but for bank generation and routing: those are
+            chosen when the call starts.
         created: When, in seconds of the Unix epoch.
     """
 
     id: str
     asked: TextRequest
     answers: tuple[GenerationRequest, ...]
-    experts: tuple[str, ...]
     created: int
 
 
@@ -58,7 +60,7 @@ class TextService:
     """Checks, tokenizes, admits, generates, and turns tokens back into text.
 
     Attributes:
-        catalog: The served models.
+        catalog: The served models: those of the bank generation that calls start with, replaced when it is.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class TextService:
             PromptTooLong: A prompt and its answer do not fit into the context.
         """
         check_ranges(request)
-        routing = self.catalog.routing(request.selection)
+        self.catalog.routing(request.selection)
         # A long prompt must not hold up the streams of others.
         prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(prompt) for prompt in request.prompts])
         rooms = [self._room(request, prompt, len(ids)) for prompt, ids in zip(request.prompts, prompts, strict=True)]
@@ -96,7 +98,6 @@ class TextService:
                 prompt_ids=ids,
                 max_tokens=room,
                 sampling=replace(request.sampling, seed=(seed + answer * _SEED_STEP) % 2**63),
-                routing=routing,
                 trace=request.trace,
                 ignore_eos=request.ignore_eos,
                 top_logprobs=request.top_logprobs,
@@ -105,18 +106,22 @@ class TextService:
             for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True))
             for answer in range(request.n)
         )
-        return Prepared(call, request, answers, self.catalog.experts, int(time()))
+        return Prepared(call, request, answers, int(time()))
 
     async def pieces(self, prepared: Prepared) -> AsyncGenerator[Piece, None]:
         """Generates all answers; the last piece of each has its ending. Closing the generator cancels them.
 
+        They use, to their end, the bank generation that is the newest when the first piece is asked for.
+
         Raises:
+            ExpertNotFound: An expert has left since the call was prepared; raised before the first piece.
             Overloaded: Too many requests are under way; raised before the first piece.
             EngineUnavailable: The engine is gone; may be raised between pieces.
         """
-        with self._admitted(len(prepared.answers)):
-            answers = await self._decided(prepared)
-            streams = [self._answer(prepared, index, answer) for index, answer in enumerate(answers)]
+        catalog = self.catalog
+        with self._admitted(len(prepared.answers)), self._engine.using(catalog.manifest.generation):
+            answers = await self._decided(prepared, catalog)
+            streams = [self._answer(prepared, catalog, index, answer) for index, answer in enumerate(answers)]
             async with aclosing(merged(streams)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -133,15 +138,15 @@ class TextService:
         finally:
             self._live -= answers
 
-    async def _decided(self, prepared: Prepared) -> tuple[GenerationRequest, ...]:
+    async def _decided(self, prepared: Prepared, catalog: Catalog) -> list[GenerationRequest]:
         """The answers' requests; under ``auto-sequence`` with the expert that each prompt has voted for."""
+        routing, generation = catalog.routing(prepared.asked.selection), catalog.manifest.generation
+        answers = [replace(answer, routing=routing, generation=generation) for answer in prepared.answers]
         if prepared.asked.selection.mode != "auto-sequence":
-            return prepared.answers
+            return answers
         n = prepared.asked.n
-        experts = await asyncio.gather(*(self._vote(answer) for answer in prepared.answers[::n]))
-        return tuple(
-            replace(answer, routing=named(experts[index // n])) for index, answer in enumerate(prepared.answers)
-        )
+        experts = await asyncio.gather(*(self._vote(answer) for answer in answers[::n]))
+        return [replace(answer, routing=named(experts[index // n])) for index, answer in enumerate(answers)]
 
     async def _vote(self, answer: GenerationRequest) -> int:
         """The expert with the most gate weight over the prompt, all its tokens and all routed linears together."""
@@ -160,8 +165,10 @@ class TextService:
         assert shares, "a vote ends with its shares"
         return shares.index(max(shares))
 
-    async def _answer(self, prepared: Prepared, index: int, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
-        transcript = Transcript(request, self._tokenizer, prepared.asked.stop, prepared.experts, index)
+    async def _answer(
+        self, prepared: Prepared, catalog: Catalog, index: int, request: GenerationRequest
+    ) -> AsyncGenerator[Piece, None]:
+        transcript = Transcript(request, self._tokenizer, prepared.asked.stop, catalog.experts, index)
         async with aclosing(self._engine.generate(request)) as events:
             async for event in events:
                 piece = transcript.push(event)

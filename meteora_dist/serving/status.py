@@ -12,6 +12,7 @@ from meteora_dist.errors import (
     InvalidRequest,
     Overloaded,
     PromptTooLong,
+    StaleGeneration,
 )
 
 
@@ -79,6 +80,7 @@ STATUS_OF: dict[type[BaseException], Status] = {
     InvalidRequest: Status(400, _INVALID, "invalid_value", grpc.StatusCode.INVALID_ARGUMENT),
     PromptTooLong: Status(400, _INVALID, "context_length_exceeded", grpc.StatusCode.INVALID_ARGUMENT),
     ExpertNotFound: Status(404, _INVALID, "model_not_found", grpc.StatusCode.NOT_FOUND),
+    StaleGeneration: Status(409, _INVALID, "stale_generation", grpc.StatusCode.ABORTED),
     Overloaded: Status(429, "overloaded_error", "overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED, 1),
     EngineUnavailable: Status(503, "service_unavailable_error", "engine_unavailable", grpc.StatusCode.UNAVAILABLE, 5),
     # Whatever else we raise on purpose (a broken checkpoint, say) names files of the server: callers get no detail.

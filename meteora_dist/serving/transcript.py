@@ -18,7 +18,7 @@ class Transcript:
         request: GenerationRequest,
         tokenizer: TextTokenizer,
         stops: Sequence[str],
-        experts: Sequence[str],
+        experts: tuple[str, ...],
         index: int = 0,
     ) -> None:
         self._index = index
@@ -46,6 +46,7 @@ class Transcript:
             self._index,
             self._trace(event, completed),
             logprobs,
+            self._experts,
             self._dominating(),
             self._ending(event.finish_reason),
         )

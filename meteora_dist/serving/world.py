@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import replace
 from typing import Literal
 
 from ray.util.placement_group import PlacementGroup
 
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable
+from meteora_dist.moe.residency import Residency
+from meteora_dist.serving.background import Background
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.crew import Blueprint, Crew, RankLost
-from meteora_dist.serving.ranks import RankActor
+from meteora_dist.serving.ranks import RankActor, RankReport
+from meteora_dist.serving.uses import Uses
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +33,17 @@ class World:
     would have had. When rebuilds bring no token back, the world fails for good.
 
     Attributes:
-        blueprint: What the next crew is launched from; whoever changes for good what the ranks hold, replaces it.
+        blueprint: What the next crew is launched from; its residency is replaced when a change of it is decided.
+        residency: What the ranks hold, every one of them.
         failure: Why the world has failed, for the operator; None while it serves or is being rebuilt.
     """
 
     def __init__(self, crew: Crew, blueprint: Blueprint) -> None:
         self.blueprint = blueprint
+        self.residency = blueprint.residency
+        self._uses = Uses()
+        self._changing = asyncio.Lock()
+        self._background = Background()
         self._standby = blueprint.standby()
         self.failure: str | None = None
         self._crew: asyncio.Future[Crew] = asyncio.get_running_loop().create_future()
@@ -43,12 +52,17 @@ class World:
 
     @classmethod
     async def launch(
-        cls, config: ServiceConfig, placement: PlacementGroup | None = None, member: type[RankActor] = RankActor
+        cls,
+        config: ServiceConfig,
+        residency: Residency,
+        placement: PlacementGroup | None = None,
+        member: type[RankActor] = RankActor,
     ) -> World:
         """Starts the ranks, and returns once all are ready.
 
         Args:
             config: The service's configuration.
+            residency: What the ranks start with.
             placement: Where they live, beside the calling process in bundle 0; None makes a placement of their own.
             member: The class of the ranks.
 
@@ -56,7 +70,7 @@ class World:
             ClusterError: No room, or a rank failed to start; the message carries the rank's own words.
             EngineUnavailable: The ranks started, but cannot generate.
         """
-        blueprint = Blueprint(config, placement, member)
+        blueprint = Blueprint(config, residency, placement, member)
         return cls(await Crew.launch(blueprint), blueprint)
 
     @property
@@ -76,11 +90,82 @@ class World:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yields the request's tokens, across rebuilds; closing the generator cancels it.
 
+        One that names no bank generation uses the newest that the ranks hold now, to its end.
+
         Raises:
             InvalidRequest: The engine refuses the request.
             EngineUnavailable: The world has failed; or it is being rebuilt, and was not back within ``rebuild_wait_s``
                 for a new request; or it was lost again and again without producing a token of this request.
         """
+        generation = request.generation or self.residency.roster.newest
+        request = replace(request, generation=generation)
+        with self.using(generation):
+            async with aclosing(self._across_rebuilds(request)) as events:
+                async for event in events:
+                    yield event
+
+    async def change(self, step: Callable[[Residency], Residency]) -> None:
+        """Changes what the ranks hold, while requests run: all ranks, or none. Changes are made one after another.
+
+        Every rank loads what it lacks beside what it holds; then the change is decided, and all ranks switch between
+        two passes. When a rank is lost before the decision, the next crew starts with what was held before; after it,
+        with what is decided. The change is made even if the caller is cancelled.
+
+        Args:
+            step: Makes the next residency of the one in force, in another thread. It may drop a generation only after
+                ``unused`` has returned for it, and nobody starts requests with it any more.
+
+        Raises:
+            CheckpointError: A rank cannot load a bank; nothing has changed.
+            EngineUnavailable: A rank was lost before the decision, and nothing has changed; or the world has failed.
+        """
+        await self._background.finish(self._change(step))
+
+    def using(self, generation: int) -> AbstractContextManager[None]:
+        """Keeps a bank generation from being ``unused`` for as long as the block runs."""
+        return self._uses.of(generation)
+
+    async def unused(self, generation: int) -> None:
+        """Returns once no live request uses a bank generation, and nobody keeps it."""
+        await self._uses.none(generation)
+
+    async def reports(self) -> list[RankReport]:
+        """What each rank says of its part of the bank, in rank order; raises EngineUnavailable."""
+        crew = await self._serving(self.blueprint.config.rebuild_wait_s)
+        try:
+            return await crew.reports()
+        except RankLost:
+            self._leave(crew)
+            raise EngineUnavailable("the engine has lost a rank, and is being rebuilt: try again soon") from None
+
+    async def _change(self, step: Callable[[Residency], Residency]) -> None:
+        async with self._changing:
+            then = await asyncio.to_thread(step, self.residency)
+            if then == self.residency:
+                return
+            crew = await self._serving(self.blueprint.config.rebuild_wait_s)
+            try:
+                number = await crew.prepare(then)
+                self._decide(crew, then)
+            except RankLost:
+                self._leave(crew)
+                raise EngineUnavailable(
+                    "the engine has lost a rank while it prepared this change, which is not made: try again soon"
+                ) from None
+            try:
+                await crew.commit(number)
+            except RankLost:
+                self._leave(crew)
+                await self._serving(None)
+            self.residency = then
+
+    def _decide(self, crew: Crew, residency: Residency) -> None:
+        """From now on every crew starts with ``residency``; raises RankLost when the next one may be starting."""
+        if self.state != "serving" or self._crew.result() is not crew:
+            raise RankLost
+        self.blueprint = replace(self.blueprint, residency=residency)
+
+    async def _across_rebuilds(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         tokens: list[int] = []
         losses = 0
         wait_s: float | None = self.blueprint.config.rebuild_wait_s

@@ -42,6 +42,8 @@ class Walker(Member):
     async def start(self, rendezvous: str) -> None:
         if self.plan == "refuse":
             raise ValueError("no weights for layer 7")
+        if self.plan == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self.plan == "sleep":
             await asyncio.sleep(3600)
         self.meeting = rendezvous
@@ -112,6 +114,12 @@ async def test_the_error_of_a_start_carries_the_ranks_own_message() -> None:
 async def test_a_rank_that_never_gets_ready_is_named() -> None:
     with pytest.raises(RankTimeout, match="no answer from rank 1 within 15 s"):
         await ActorGroup.launch(Walker, [(0,), (1, "sleep")], HALF, timeout_s=15)
+    await _nothing_left()
+
+
+async def test_a_rank_that_is_stopped_while_it_starts_is_noticed_in_time() -> None:
+    with pytest.raises(RankFailed, match="starting the ranks: rank 1: it did not answer within 2 s"):
+        await ActorGroup.launch(Walker, [(0,), (1, "freeze")], HALF, timeout_s=60, heartbeat=CLOSELY)
     await _nothing_left()
 
 

@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator
 
 from meteora_cluster.member import Member
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
-from meteora_dist.errors import EngineUnavailable, InvalidRequest
+from meteora_dist.errors import BankError, EngineUnavailable, InvalidRequest
+from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.ranks import RankReport
 
 POISON = 13
 
@@ -17,26 +19,28 @@ POISON = 13
 class CountingRank(Member):
     """Produces the position of each token; ``shares`` has the number of the rank, ``seed`` is milliseconds a token.
 
-    Files in the bank's folder say how it starts: ``slow`` for never ready, ``broken`` for an error.
+    Files in the bank's folder say how it starts: ``slow`` for never ready, ``broken`` for an error; and how it changes
+    what it holds: ``slow prepare`` and ``slow commit`` for never ready, ``unloadable`` for an error on rank 1.
     """
 
-    prepared = False
+    imported = False
 
-    def __init__(self, config: ServiceConfig, rank: int) -> None:
+    def __init__(self, config: ServiceConfig, rank: int, residency: Residency) -> None:
         self.folder = config.bank
+        self.residency = residency
+        self.prepared: dict[int, Residency] = {}
         self.rank = rank
         self.live: set[str] = set()
         self.stalled: float | None = None
         self.over = asyncio.Event()
 
     async def stand_by(self) -> None:
-        type(self).prepared = True
+        type(self).imported = True
 
     async def start(self, rendezvous: str) -> None:
         if (self.folder / "broken").exists():
             raise ValueError("no weights for layer 7")
-        while (self.folder / "slow").exists():
-            await asyncio.sleep(0.1)
+        await self.delay("slow")
 
     async def watch(self) -> None:
         await self.over.wait()
@@ -49,6 +53,8 @@ class CountingRank(Member):
         self.live.add(request.request_id)
         try:
             first = len(request.prompt_ids)
+            if request.generation not in {None, *self.residency.folders}:
+                raise InvalidRequest(f"generation {request.generation} is not served")
             if request.prompt_ids[0] == POISON:
                 raise EngineUnavailable("a poisoned request")
             if request.prompt_ids == (POISON + 1,):
@@ -60,11 +66,35 @@ class CountingRank(Member):
         finally:
             self.live.remove(request.request_id)
 
+    async def prepare(self, number: int, residency: Residency) -> None:
+        await self.delay("slow prepare")
+        if self.rank == 1 and (self.folder / "unloadable").exists():
+            raise BankError(self.folder, "is damaged")
+        self.prepared[number] = residency
+
+    async def commit(self, number: int) -> None:
+        await self.delay("slow commit")
+        self.residency = self.prepared.pop(number)
+
+    async def discard(self, number: int) -> None:
+        self.prepared.pop(number, None)
+
+    async def report(self) -> RankReport:
+        held = self.residency.held_by(self.rank)
+        return RankReport(len(held), len(self.residency.folders), dict.fromkeys(held, 10 * self.rank + 1))
+
+    async def pending(self) -> int:
+        return len(self.prepared)
+
+    async def delay(self, flag: str) -> None:
+        while (self.folder / flag).exists():
+            await asyncio.sleep(0.05)
+
     async def about(self) -> tuple[int, set[str]]:
         return os.getpid(), self.live
 
     async def is_prepared(self) -> bool:
-        return self.prepared
+        return self.imported
 
     async def fail(self) -> None:
         self.over.set()

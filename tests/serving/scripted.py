@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from meteora_dist.engine.request import GenerationRequest, Logprobs, TokenEvent
@@ -31,6 +32,9 @@ class ScriptedEngine:
     pause: asyncio.Event | None = None
     seen: list[GenerationRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+
+    def using(self, generation: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def check(self) -> None:
         if self.healthy is not None:

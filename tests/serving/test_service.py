@@ -11,6 +11,7 @@ import pytest
 
 from meteora_dist.errors import EngineUnavailable, ExpertNotFound, Overloaded, PromptTooLong
 from meteora_dist.moe.routing import BASE, RoutingChoice, named
+from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.request import Answer, Prompt, TextRequest, TokenIds, collect, usage_of
 from meteora_dist.serving.selection import Selection, select
 from meteora_dist.serving.service import TextService
@@ -102,6 +103,32 @@ async def test_a_call_may_have_several_prompts_and_answers(tokenizer: TextTokeni
     assert seeds[0] == 5
     assert len(set(seeds[:3])) == 3
     assert seeds[:3] == seeds[3:]
+
+
+async def test_a_call_keeps_the_generation_that_was_the_newest_when_it_started(
+    tokenizer: TextTokenizer, make_service: MakeService
+) -> None:
+    engine = dataclasses.replace(says(tokenizer, "ab"), pause=asyncio.Event())
+    service = make_service(engine)
+    before = service.catalog.manifest
+    prepared = [
+        await service.prepare(TextRequest(("Hi",), selection=select(model), trace=True))
+        for model in ("auto-sequence", "rooted", "plain")
+    ]
+    running = asyncio.ensure_future(collect(service.pieces(prepared[0]), 1))
+    while not engine.seen:
+        await asyncio.sleep(0)
+    fields = {"experts": (*before.experts[1:], before.experts[0].model_copy(update={"name": "new"}))}
+    service.catalog = Catalog(before.model_copy(update=fields | {"generation": 2}))
+    assert engine.pause is not None
+    engine.pause.set()
+    assert (await running)[0].experts == ("plain", "wide", "rooted", "partial")
+    assert (await collect(service.pieces(prepared[1]), 1))[0].experts == ("wide", "rooted", "partial", "new")
+    # The vote, the answer that follows it, and the call that started later.
+    assert [seen.generation for seen in engine.seen] == [1, 1, 2]
+    assert [seen.routing for seen in engine.seen[1:]] == [named(1), named(1)]
+    with pytest.raises(ExpertNotFound, match="'plain' here; served are auto, auto-sequence, base, wide"):
+        await anext(service.pieces(prepared[2]))
 
 
 async def test_only_requests_without_a_seed_get_different_ones(

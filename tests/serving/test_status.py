@@ -9,7 +9,15 @@ import grpc
 import pytest
 
 from meteora_dist import errors
-from meteora_dist.errors import BankError, EngineUnavailable, ExpertNotFound, InvalidRequest, Overloaded, PromptTooLong
+from meteora_dist.errors import (
+    BankError,
+    EngineUnavailable,
+    ExpertNotFound,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    StaleGeneration,
+)
 from meteora_dist.serving.status import INTERNAL, failure_of
 
 
@@ -19,6 +27,7 @@ from meteora_dist.serving.status import INTERNAL, failure_of
         (InvalidRequest("wrong", "top_p"), 400, "invalid_value", grpc.StatusCode.INVALID_ARGUMENT),
         (PromptTooLong("long"), 400, "context_length_exceeded", grpc.StatusCode.INVALID_ARGUMENT),
         (ExpertNotFound("who"), 404, "model_not_found", grpc.StatusCode.NOT_FOUND),
+        (StaleGeneration("late"), 409, "stale_generation", grpc.StatusCode.ABORTED),
         (Overloaded("full"), 429, "overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED),
         (EngineUnavailable("gone"), 503, "engine_unavailable", grpc.StatusCode.UNAVAILABLE),
     ],

@@ -20,6 +20,9 @@ from meteora_cluster.local import local_ray
 from meteora_cluster.placement import Resources, world_bundles
 from meteora_dist.engine.request import GenerationRequest, Sampling, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest
+from meteora_dist.moe.placement import contiguous
+from meteora_dist.moe.residency import Residency
+from meteora_dist.moe.roster import roster_of
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.world import World
 from tests.serving.counting import POISON, CountingRank
@@ -28,6 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="module")]
 
 TOKENS = 60
 """Of a long answer; at 50 ms each it is under way when something happens."""
+HELD = Residency(roster_of({1: ("a", "b")}), contiguous(2, groups=2), {1: Path("bank")})
 PATIENCE_S = 120
 """For new ranks on a busy machine."""
 
@@ -58,7 +62,7 @@ async def launch(folder: Path, placement: PlacementGroup | None = None, **more: 
         rebuild_wait_s=PATIENCE_S,
         **more,
     )
-    return await World.launch(config, placement, member=CountingRank)
+    return await World.launch(config, HELD, placement, member=CountingRank)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
