@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import httpx
@@ -21,9 +22,16 @@ from tests.serving.conformance.ways import Grpc, Http
 CONTEXT = 128
 
 
+class LoneEngine(RankEngine):
+    """One whose bank never changes."""
+
+    def using(self, generation: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 @pytest.fixture(scope="module")
 def service(tiny_base: Path, tiny_bank: Bank, tokenizer: TextTokenizer) -> Iterator[TextService]:
-    engine = RankEngine(EngineConfig(model=tiny_base, bank=tiny_bank.path, max_model_len=CONTEXT, kv_cache_tokens=8192))
+    engine = LoneEngine(EngineConfig(model=tiny_base, bank=tiny_bank.path, max_model_len=CONTEXT, kv_cache_tokens=8192))
     yield TextService(engine, tokenizer, Catalog(tiny_bank.manifest), CONTEXT, max_live_requests=64)  # type: ignore[arg-type]
     engine.stop()
 
