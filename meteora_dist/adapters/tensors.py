@@ -32,6 +32,11 @@ def is_floating(dtype: str) -> bool:
     return dtype in _DTYPES
 
 
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch type of a floating safetensors dtype."""
+    return _DTYPES[dtype]
+
+
 class Block(NamedTuple):
     """A tensor of a file, or of a matrix some neighbouring rows and columns.
 

@@ -1,8 +1,4 @@
-"""A tp rank loads its part of a model.
-
-Slices by rows are views of the mapped file, read when they are used; slices by columns are copies. What stays mapped of
-the file is shared by the ranks and the kernel's to drop, so it is no rank's own, though VmRSS counts it once read.
-"""
+"""A tp rank loads its part of a model, whether weights are split by rows or by columns, and keeps no file mapped."""
 
 from __future__ import annotations
 

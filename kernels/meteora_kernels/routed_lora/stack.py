@@ -154,7 +154,7 @@ def with_room(stack: LoraStack) -> LoraStack:
     device = stack.scales_NE.device
 
     def here(matrix: Tensor) -> Tensor:
-        return torch.empty_like(matrix, device=device) if matrix.is_meta else matrix
+        return torch.empty(matrix.shape, dtype=matrix.dtype, device=device) if matrix.is_meta else matrix
 
     experts = [
         tuple(part and replace(part, a_RH=here(part.a_RH), b_RO=here(part.b_RO)) for part in expert)
