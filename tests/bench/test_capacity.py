@@ -20,12 +20,12 @@ from meteora_dist.engine.mesh import Mesh
 from meteora_dist.planning.known import shape_of
 from meteora_dist.planning.memory import Demand, bank_bytes, rank_memory
 
-EXPERTS, RANK = 512, 16
+EXPERTS, RANK = 128, 64
 
 
 @pytest.fixture(scope="module")
 def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers, 5 million parameters; an expert of rank 16 has 262,144."""
+    """Two layers, 5 million parameters; an expert of rank 64 has 1 million."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=260,
