@@ -58,7 +58,7 @@ def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> Pre
     """
     if not (folder / "config.json").is_file():
         raise ModelError(folder, "no config.json here; it must be the folder of a transformers checkpoint")
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if tp > 1:
@@ -81,7 +81,7 @@ def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> Pre
 
 
 def _check_complete(folder: Path, loading: Mapping[str, Any]) -> None:
-    # transformers warns, and goes on with random weights.
+    # transformers would warn, and go on with random weights in their place.
     for fault in ("missing_keys", "mismatched_keys", "error_msgs"):
         if loading[fault]:
             raise ModelError(folder, f"its weights do not fit its config: {fault} {sorted(map(str, loading[fault]))}")
