@@ -65,7 +65,7 @@ def test_a_model_that_lacks_weights_or_has_others_is_refused(base: Path) -> None
     with pytest.raises(ModelError, match=r"do not fit its config: missing_keys .*layers\.1\.mlp\.up_proj"):
         load_base(base, torch.float32)
     save_file({**whole, EMBEDDING: whole[EMBEDDING][:-1].clone()}, file, {"format": "pt"})
-    with pytest.raises(ModelError, match="do not fit its config: mismatched_keys .*embed_tokens"):
+    with pytest.raises(ModelError, match=r"do not fit its config: mismatched_keys .*embed_tokens"):
         load_base(base, torch.float32)
     save_file(whole, file, {"format": "pt"})
     file.write_bytes(file.read_bytes()[:-8])
