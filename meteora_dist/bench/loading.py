@@ -127,10 +127,12 @@ def _rank(
     """Loads one rank, reports, and serves until the pipe closes; with ``then_free`` once more, without the limit."""
     transformers_logging.disable_progress_bar()
     _import_model(config.model)
+    gc.collect()
+    imported = resident()
     engines = []
     for allowed in (limit, None) if then_free else (limit,):
         with limited_growth(allowed):
-            outcome, engine = _load(config, rank, rendezvous)
+            outcome, engine = _load(config, rank, rendezvous, imported)
         pipe.send(outcome)
         engines.append(engine)
     with suppress(EOFError):
@@ -141,15 +143,16 @@ def _rank(
 
 
 def _load(
-    config: EngineConfig, rank: int, rendezvous: str | None
+    config: EngineConfig, rank: int, rendezvous: str | None, imported: int
 ) -> tuple[RankReport, RankEngine] | tuple[Failure, None]:
+    """Loads and asks one rank, whose process held ``imported`` bytes after its imports."""
+    # What an attempt before this one has left behind counts: it is no import.
     gc.collect()
-    before = resident()
     reset_peak()
     started = time.monotonic()
     try:
         engine = RankEngine(config, rank, rendezvous)
-        peak, seconds = peak_resident() - before, time.monotonic() - started
+        peak, seconds = peak_resident() - imported, time.monotonic() - started
         tokens = asyncio.run(_answer(engine)) if config.mesh.tp_rank(rank) == 0 else ()
     except Exception as error:
         # Not only torch: any allocation may be the one that fails.
