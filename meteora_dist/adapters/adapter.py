@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from meteora_dist.adapters.files import read_json_object, sha256_file
 from meteora_dist.adapters.header import Header, TensorInfo, read_header
 from meteora_dist.adapters.peft_config import LoraSettings, parse_settings
-from meteora_dist.adapters.tensors import Block, is_floating, read_blocks
+from meteora_dist.adapters.tensors import Block, is_floating, read_blocks, read_into
 from meteora_dist.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -56,6 +56,22 @@ class PairCut(NamedTuple):
 
 
 WHOLE = PairCut()
+
+
+class PairPlace(NamedTuple):
+    """Where a part of a pair belongs.
+
+    Attributes:
+        module: Of the pair.
+        cut: The part.
+        a_RH: Takes the part of A.
+        b_RO: Takes the part of B, transposed.
+    """
+
+    module: str
+    cut: PairCut
+    a_RH: Tensor
+    b_RO: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,26 +129,73 @@ class Adapter:
         Raises:
             AdapterError: When the adapter does not adapt ``module`` or its file can no longer be read.
         """
-        return self.load_all([(module, cut)], device, dtype)[0]
+        if module not in self.shapes:
+            raise AdapterError(self.path, f"does not adapt the module {module!r}")
+        read = read_blocks(self.path / WEIGHTS_FILE, self.header, _blocks(module, cut), AdapterError, dtype)
+        a_RH, b_OR = (tensor.to(device) for tensor in read)
+        return LoraPair(a_RH, b_OR, self.shapes[module].scale)
 
-    def load_all(
-        self,
-        parts: Sequence[tuple[str, PairCut]],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = torch.float32,
-    ) -> list[LoraPair]:
-        """Reads parts of the pairs of several linears at once, which is faster; see ``load``."""
-        if unknown := [module for module, _ in parts if module not in self.shapes]:
-            raise AdapterError(self.path, f"does not adapt the module {unknown[0]!r}")
-        blocks = []
-        for module, cut in parts:
-            blocks.append(Block(f"{_PREFIX}{module}{_A_SUFFIX}", cut.ranks_a, cut.inputs))
-            # The operators want B transposed.
-            blocks.append(Block(f"{_PREFIX}{module}{_B_SUFFIX}", cut.outputs, cut.ranks_b, transposed=True))
-        read = read_blocks(self.path / WEIGHTS_FILE, self.header, blocks, AdapterError, dtype)
-        tensors = [tensor.to(device) for tensor in read]
-        pairs = zip(parts, tensors[::2], tensors[1::2], strict=True)
-        return [LoraPair(a_RH, b_OR, self.shapes[module].scale) for (module, _), a_RH, b_OR in pairs]
+    def read_into(self, places: Iterable[PairPlace]) -> None:
+        """Reads parts of the pairs of several linears to where they belong, in one go.
+
+        Raises:
+            AdapterError: When its file can no longer be read.
+        """
+        targets = []
+        for module, cut, a_RH, b_RO in places:
+            block_a, block_b = _blocks(module, cut)
+            targets += [(block_a, a_RH), (block_b, b_RO.T)]
+        read_into(self.path / WEIGHTS_FILE, self.header, targets, AdapterError)
+
+    def verify(self) -> None:
+        """Hashes config and weights once more.
+
+        Raises:
+            AdapterError: When they are not those of the digest.
+        """
+        found = _digest(self.path / WEIGHTS_FILE, read_json_object(self.path / CONFIG_FILE, AdapterError))
+        if found != self.digest:
+            raise AdapterError(self.path, f"its digest is {found}; the bank it belongs to was made with {self.digest}")
+
+
+class AdapterReader:
+    """Reads adapters. Those with equal headers, as PEFT writes them for one base model, share what is known of them."""
+
+    def __init__(self) -> None:
+        """Knows nothing yet."""
+        self._headers: dict[tuple[str, int], Header] = {}
+        self._shapes: dict[tuple[str, str], Mapping[str, LoraShape]] = {}
+
+    def read(self, folder: Path, digest: str | None = None) -> Adapter:
+        """See ``read_adapter``.
+
+        Args:
+            folder: Of the adapter.
+            digest: What its digest is taken to be, so that the weights are not hashed now: whoever reads them calls
+                ``Adapter.verify`` first. None to hash them.
+        """
+        if not folder.is_dir():
+            raise AdapterError(folder, "there is no such folder")
+        weights = folder / WEIGHTS_FILE
+        config = read_json_object(folder / CONFIG_FILE, AdapterError)
+        settings = parse_settings(folder / CONFIG_FILE, config)
+        if not weights.exists() and (folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                folder, f"has adapter_model.bin, a pickle, which is never read; save it as {WEIGHTS_FILE}"
+            )
+        header = read_header(weights, known=self._headers)
+        key = (header.digest, repr(settings))
+        if key not in self._shapes:
+            self._shapes[key] = _shapes(weights, header, settings)
+        return Adapter(
+            path=folder,
+            digest=digest or _digest(weights, config),
+            rank=settings.rank,
+            alpha=settings.alpha,
+            rslora=settings.rslora,
+            shapes=self._shapes[key],
+            header=header,
+        )
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -145,22 +208,14 @@ def read_adapter(folder: Path) -> Adapter:
         AdapterError: When a file is missing or damaged, a field asks for something unsupported, or a tensor has no
             place in a plain LoRA adapter of that config.
     """
-    if not folder.is_dir():
-        raise AdapterError(folder, "there is no such folder")
-    weights = folder / WEIGHTS_FILE
-    config = read_json_object(folder / CONFIG_FILE, AdapterError)
-    settings = parse_settings(folder / CONFIG_FILE, config)
-    if not weights.exists() and (folder / "adapter_model.bin").exists():
-        raise AdapterError(folder, f"has adapter_model.bin, a pickle, which is never read; save it as {WEIGHTS_FILE}")
-    header = read_header(weights)
-    return Adapter(
-        path=folder,
-        digest=_digest(weights, config),
-        rank=settings.rank,
-        alpha=settings.alpha,
-        rslora=settings.rslora,
-        shapes=_shapes(weights, header, settings),
-        header=header,
+    return AdapterReader().read(folder)
+
+
+def _blocks(module: str, cut: PairCut) -> tuple[Block, Block]:
+    """Of A and of B."""
+    return (
+        Block(f"{_PREFIX}{module}{_A_SUFFIX}", cut.ranks_a, cut.inputs),
+        Block(f"{_PREFIX}{module}{_B_SUFFIX}", cut.outputs, cut.ranks_b),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,18 @@ class Header:
     digest: str
 
 
-def read_header(path: Path, error: type[CheckpointError] = AdapterError) -> Header:
+def read_header(
+    path: Path,
+    error: type[CheckpointError] = AdapterError,
+    known: MutableMapping[tuple[str, int], Header] | None = None,
+) -> Header:
     """Reads and checks the header of the safetensors file ``path``; reads no tensor data.
 
     Args:
         path: The file.
         error: Raised, with the reason, when the file is missing, truncated, no safetensors file or inconsistent.
+        known: Headers that were found to be right, by their digest and the size of their file. One of them is returned
+            when the file has the same; a new one is added.
     """
     try:
         if not path.is_file():
@@ -97,11 +103,17 @@ def read_header(path: Path, error: type[CheckpointError] = AdapterError) -> Head
         raise error(path, f"cannot be read ({cause.strerror})") from cause
     if not text.startswith(b"{"):
         raise error(path, "not a safetensors file: its header does not start with '{'")
+    digest = hashlib.sha256(start + text).hexdigest()
+    if known is not None and (header := known.get((digest, size))):
+        return header
     fields = parse_json_object(text, path, "not a safetensors file: its header", error)
     metadata = _metadata(fields.pop("__metadata__", None), path, error)
     tensors = {name: _tensor_info(name, entry, path, error) for name, entry in fields.items()}
     _check_ranges(tensors, size - 8 - length, path, error)
-    return Header(tensors, metadata, data_start=8 + length, digest=hashlib.sha256(start + text).hexdigest())
+    header = Header(tensors, metadata, data_start=8 + length, digest=digest)
+    if known is not None:
+        known[digest, size] = header
+    return header
 
 
 def _header_length(start: bytes, size: int, path: Path, error: type[CheckpointError]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meteora_dist.adapters import Adapter, LoraPair, read_adapter
+from meteora_dist.adapters import Adapter, AdapterReader, LoraPair
 from meteora_dist.adapters.files import sha256_file
 from meteora_dist.adapters.header import Header, read_header
 from meteora_dist.adapters.tensors import Block, read_blocks
@@ -43,11 +43,13 @@ class Bank:
     gate_header: Header = field(repr=False)
 
     @classmethod
-    def open(cls, path: Path) -> Bank:
+    def open(cls, path: Path, hashing: bool = True) -> Bank:
         """Opens and checks a bank: every file is hashed once, no tensor is loaded.
 
         Args:
             path: The bank's folder.
+            hashing: Whether the experts' weights are hashed as well. Without, each adapter is taken for the one
+                bank.json lists, and whoever reads its matrices calls ``Adapter.verify`` first.
 
         Raises:
             BankError: When bank.json or the gates are damaged or do not belong to the experts.
@@ -56,7 +58,7 @@ class Bank:
         if not path.is_dir():
             raise BankError(path, "there is no such folder")
         manifest = read_manifest(path / MANIFEST_FILE)
-        experts = _open_experts(path, manifest)
+        experts = _open_experts(path, manifest, hashing)
         gates = path / GATES_FILE
         header = read_header(gates, BankError)
         digests = {expert.name: expert.digest for expert in manifest.experts}
@@ -160,12 +162,13 @@ def describe(name: str, adapter: Adapter, gate: GateOrigin = "trained") -> Exper
     )
 
 
-def _open_experts(path: Path, manifest: BankManifest) -> dict[str, Adapter]:
+def _open_experts(path: Path, manifest: BankManifest, hashing: bool) -> dict[str, Adapter]:
     experts: dict[str, Adapter] = {}
+    reader = AdapterReader()
     owners = {entry.digest: entry.name for entry in manifest.experts}
     for entry in manifest.experts:
         folder = path / EXPERTS_FOLDER / entry.name
-        experts[entry.name] = adapter = read_adapter(folder)
+        experts[entry.name] = adapter = reader.read(folder, None if hashing else entry.digest)
         if adapter.digest != entry.digest:
             owner = owners.get(adapter.digest)
             whose = f" (it is the adapter bank.json lists as {owner})" if owner else ""

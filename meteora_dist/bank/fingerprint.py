@@ -36,12 +36,17 @@ def fingerprint(model_folder: Path) -> str:
     numbers = {name: config.get(name) for name in ("model_type", *_NUMBERS)}
     numbers["rope_theta"] = rope.get("rope_theta") if isinstance(rope, dict) else None
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
-    for line in sorted(line for shard in _shards(model_folder) for line in _tensor_lines(shard)):
+    for line in sorted(line for shard in weight_files(model_folder) for line in _tensor_lines(shard)):
         digest.update(line.encode())
     return digest.hexdigest()
 
 
-def _shards(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: model.safetensors, or those its index names.
+
+    Raises:
+        ModelError: The index is damaged, or names a file elsewhere.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from meteora_dist.bench.loading import Failure, RankReport, load_world
+from meteora_dist.bench.loading import Failure, RankReport, load_limited_then_free, load_world
 from meteora_dist.bench.synthetic import write_synthetic_bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.mesh import Mesh
@@ -60,19 +60,22 @@ class CapacityRow:
         experts: In the bank.
         ep: Expert-parallel groups.
         tp: Ranks of a group.
+        dtype: Of weights.
         bank_total: Of the whole bank.
         bank: The rank's part of it.
         bank_of_even_share: ``bank`` over ``bank_total / (ep tp)``.
         gates: Its gates.
         base: Its part of the base model.
-        peak: Largest resident set while loading, above that after the imports.
-        peak_of_shard: ``peak`` over all the rank has to hold.
+        peak: Largest resident set while loading, above that after the imports; of the rank where it is largest for its
+            shard.
+        peak_of_shard: ``peak`` over all that rank has to hold.
         load_s: Seconds that loading took.
     """
 
     experts: int
     ep: int
     tp: int
+    dtype: str
     bank_total: int
     bank: int
     bank_of_even_share: float
@@ -108,28 +111,32 @@ def measure_capacity(plan: CapacityPlan, advance: Callable[[], None]) -> list[Ca
     for experts in plan.experts:
         with _bank(plan, experts) as bank:
             for mesh in plan.meshes:
-                rows.append(_row(experts, mesh, _loaded(load_world(plan.config(bank, mesh)))))
+                rows.append(_row(plan, experts, mesh, _loaded(load_world(plan.config(bank, mesh)))))
                 advance()
     return rows
 
 
-def measure_limit(plan: CapacityPlan, experts: int, advance: Callable[[], None]) -> LimitRow:
-    """Loads one bank three times: by one rank, by one rank under a limit, and by two ranks under that limit.
+def measure_limit(plan: CapacityPlan, experts: int, advance: Callable[[], None]) -> tuple[LimitRow, list[CapacityRow]]:
+    """Gives one bank to one rank under a limit, to the same rank without it, and to two ranks under that limit.
 
     The limit is half way between what one rank has to hold and what each of two has to. ``advance`` is called after
     each world. Tokens are compared, so ``plan.dtype`` should be float32.
+
+    Returns:
+        What became of them, and what the ranks held that served: one without a limit, two under it if they did.
     """
     one, two = Mesh(), Mesh(ep=2)
     demand = Demand(experts, plan.rank, plan.dtype, kv_tokens=KV_TOKENS)
     shape = shape_of(str(plan.model))
     limit = (rank_memory(shape, demand, one).total + rank_memory(shape, demand, two).total) // 2
-    outcomes = []
     with _bank(plan, experts) as bank:
-        for mesh, allowed in ((one, None), (one, limit), (two, limit)):
-            outcomes.append(load_world(plan.config(bank, mesh), allowed))
-            advance()
-    free, alone, together = outcomes
-    return LimitRow(
+        alone, free = load_limited_then_free(plan.config(bank, one), limit)
+        advance()
+        together = load_world(plan.config(bank, two), limit)
+        advance()
+    rows = [_row(plan, experts, one, _loaded(free))]
+    rows += [] if isinstance(together, Failure) else [_row(plan, experts, two, together)]
+    outcome = LimitRow(
         experts=experts,
         limit=limit,
         one_rank=_told(alone),
@@ -137,6 +144,7 @@ def measure_limit(plan: CapacityPlan, experts: int, advance: Callable[[], None])
         same_tokens=not isinstance(together, Failure)
         and {report.tokens for report in together} == {report.tokens for report in _loaded(free)},
     )
+    return outcome, rows
 
 
 @contextmanager
@@ -158,7 +166,7 @@ def _told(outcome: Sequence[RankReport] | Failure) -> str:
     return f"out of memory: {outcome.message}" if isinstance(outcome, Failure) else "served"
 
 
-def _row(experts: int, mesh: Mesh, reports: Sequence[RankReport]) -> CapacityRow:
+def _row(plan: CapacityPlan, experts: int, mesh: Mesh, reports: Sequence[RankReport]) -> CapacityRow:
     total = sum(report.bank for report in reports)
     fullest = max(reports, key=lambda report: report.bank)
     steepest = max(reports, key=lambda report: report.peak / report.shard)
@@ -166,6 +174,7 @@ def _row(experts: int, mesh: Mesh, reports: Sequence[RankReport]) -> CapacityRow
         experts=experts,
         ep=mesh.ep,
         tp=mesh.tp,
+        dtype=plan.dtype,
         bank_total=total,
         bank=fullest.bank,
         bank_of_even_share=fullest.bank * mesh.size / total,

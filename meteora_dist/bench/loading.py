@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from meteora_dist.bench.memory import limit_growth, peak_resident, reset_peak, resident
+from meteora_dist.bench.memory import limited_growth, peak_resident, reset_peak, resident
 from meteora_dist.bench.processes import rank_processes
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
@@ -75,20 +76,34 @@ def load_world(config: EngineConfig, limit: int | None = None) -> list[RankRepor
     Raises:
         EngineUnavailable: A rank failed for another reason.
     """
-    outcomes: dict[int, RankReport | Failure] = {}
     with rank_processes(config, _rank, limit) as pipes:
-        waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
-        deadline = time.monotonic() + _LOADING_S
-        while waiting and (ready := wait(waiting, timeout=max(0.0, deadline - time.monotonic()))):
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                outcomes[waiting.pop(pipe)] = outcome = _receive(pipe)
-                if isinstance(outcome, Failure):
-                    deadline = min(deadline, time.monotonic() + _AFTER_A_FAILURE_S)
+        return _outcome(pipes)
+
+
+def load_limited_then_free(config: EngineConfig, limit: int) -> list[list[RankReport] | Failure]:
+    """What ``load_world`` says of a world of one rank under a limit, and then without: in one process, for its imports.
+
+    Raises:
+        EngineUnavailable: The rank failed, and not for want of memory.
+    """
+    with rank_processes(config, _rank, limit, True) as pipes:
+        return [_outcome(pipes), _outcome(pipes)]
+
+
+def _outcome(pipes: Sequence[Connection]) -> list[RankReport] | Failure:
+    outcomes: dict[int, RankReport | Failure] = {}
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + _LOADING_S
+    while waiting and (ready := wait(waiting, timeout=max(0.0, deadline - time.monotonic()))):
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            outcomes[waiting.pop(pipe)] = outcome = _receive(pipe)
+            if isinstance(outcome, Failure):
+                deadline = min(deadline, time.monotonic() + _AFTER_A_FAILURE_S)
     failures = sorted((rank, one) for rank, one in outcomes.items() if isinstance(one, Failure))
     if short := [one for _, one in failures if one.memory]:
         return short[0]
-    if failures or len(outcomes) < config.mesh.size:
+    if failures or len(outcomes) < len(pipes):
         raise EngineUnavailable(f"the world did not load: {failures or 'it took too long'}")
     return [one for _, one in sorted(outcomes.items()) if isinstance(one, RankReport)]
 
@@ -101,28 +116,48 @@ def _receive(pipe: Connection) -> RankReport | Failure:
     return outcome
 
 
-def _rank(config: EngineConfig, rank: int, rendezvous: str | None, pipe: Connection, limit: int | None) -> None:
-    """Loads one rank, reports, and serves until the pipe closes."""
+def _rank(
+    config: EngineConfig,
+    rank: int,
+    rendezvous: str | None,
+    pipe: Connection,
+    limit: int | None,
+    then_free: bool = False,
+) -> None:
+    """Loads one rank, reports, and serves until the pipe closes; with ``then_free`` once more, without the limit."""
     transformers_logging.disable_progress_bar()
     _import_model(config.model)
     gc.collect()
-    before = resident()
+    imported = resident()
+    engines = []
+    for allowed in (limit, None) if then_free else (limit,):
+        with limited_growth(allowed):
+            outcome, engine = _load(config, rank, rendezvous, imported)
+        pipe.send(outcome)
+        engines.append(engine)
+    with suppress(EOFError):
+        pipe.recv()
+    for engine in engines:
+        if engine is not None:
+            engine.stop()
+
+
+def _load(
+    config: EngineConfig, rank: int, rendezvous: str | None, imported: int
+) -> tuple[RankReport, RankEngine] | tuple[Failure, None]:
+    """Loads and asks one rank, whose process held ``imported`` bytes after its imports."""
+    # What an attempt before this one has left behind counts: it is no import.
+    gc.collect()
     reset_peak()
-    if limit is not None:
-        limit_growth(limit)
     started = time.monotonic()
     try:
         engine = RankEngine(config, rank, rendezvous)
-        peak, seconds = peak_resident() - before, time.monotonic() - started
+        peak, seconds = peak_resident() - imported, time.monotonic() - started
         tokens = asyncio.run(_answer(engine)) if config.mesh.tp_rank(rank) == 0 else ()
     except Exception as error:
         # Not only torch: any allocation may be the one that fails.
-        pipe.send(Failure(repr(error), memory=isinstance(error, MemoryError) or "allocate memory" in str(error)))
-        return
-    pipe.send(_report(engine, peak, seconds, tokens))
-    with suppress(EOFError):
-        pipe.recv()
-    engine.stop()
+        return Failure(repr(error), memory=isinstance(error, MemoryError) or "allocate memory" in str(error)), None
+    return _report(engine, peak, seconds, tokens), engine
 
 
 def _import_model(folder: Path) -> None:

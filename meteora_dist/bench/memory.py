@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -23,10 +25,19 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def limit_growth(nbytes: int) -> None:
-    """Lets the private writable memory of this process grow by ``nbytes`` from now; allocations beyond that fail."""
-    allowed = _read("VmData") + nbytes
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+@contextmanager
+def limited_growth(nbytes: int | None) -> Iterator[None]:
+    """Lets the private writable memory of this process grow by ``nbytes`` at most; allocations beyond that fail.
+
+    None sets no limit. The one that was there before is put back in the end.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if nbytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (_read("VmData") + nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _read(field: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meteora_dist.adapters import read_adapter
+from meteora_dist.adapters import AdapterReader
 from meteora_dist.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from meteora_dist.bank import Bank, RoutingDefaults, fingerprint
 from meteora_dist.bank.write import Draft, place
@@ -51,10 +51,11 @@ def write_synthetic_bank(path: Path, base: Path, experts: int, rank: int) -> Ban
         os.link(weights[index % len(weights)], folder / WEIGHTS_FILE)
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "revision": folder.name}
         (folder / CONFIG_FILE).write_text(json.dumps(config))
+    reader = AdapterReader()
     draft = Draft(
         base_id="synthetic",
         base_fingerprint=fingerprint(base),
-        experts={name: read_adapter(folder) for name, folder in folders.items()},
+        experts={name: reader.read(folder) for name, folder in folders.items()},
         gates={name: _random((experts, linear.in_features), generator) for name, linear in linears},
         routing=RoutingDefaults(),
         generation=1,

@@ -79,7 +79,9 @@ def scaling(
 
 def capacity(
     model: Annotated[Path | None, typer.Option(help="Base model folder; the demo's without it.")] = None,
-    experts: Annotated[list[int] | None, typer.Option(help="Experts in a bank; repeat for several. [64]")] = None,
+    experts: Annotated[
+        list[int] | None, typer.Option(help="Experts in a bank, 0: none; repeat for several. [64]")
+    ] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank of each.")] = 8,
     mesh: Annotated[list[str] | None, typer.Option(help="Layout as EPxTP; repeat for several. [1x1, 2x1]")] = None,
     limit_experts: Annotated[int, typer.Option(help="Experts in the bank that one rank may not hold; 0: none.")] = 64,
@@ -94,13 +96,17 @@ def capacity(
     """
     transformers_logging.disable_progress_bar()
     meshes = tuple(_mesh(text) for text in mesh or ["1x1", "2x1"])
-    plan = CapacityPlan(model or demo_model_dir(), tuple(experts or [64]), rank, meshes)
+    sizes = tuple(size for size in experts or [64] if size)
+    plan = CapacityPlan(model or demo_model_dir(), sizes, rank, meshes)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("loading", total=len(plan.experts) * len(meshes) + 3 * bool(limit_experts))
+        task = progress.add_task("loading", total=len(plan.experts) * len(meshes) + 2 * bool(limit_experts))
         rows = measure_capacity(plan, lambda: progress.advance(task))
         # Tokens are compared there, and only fp32 gives the same ones on every mesh.
         exact = replace(plan, dtype="float32")
-        limit = measure_limit(exact, limit_experts, lambda: progress.advance(task)) if limit_experts else None
+        limit = None
+        if limit_experts:
+            limit, served = measure_limit(exact, limit_experts, lambda: progress.advance(task))
+            rows += served
     Console().print(_capacity_table(rows))
     if limit is not None:
         Console().print(_limit_text(limit), highlight=False)
@@ -118,11 +124,11 @@ def _mesh(text: str) -> Mesh:
 
 
 def _capacity_table(rows: list[CapacityRow]) -> Table:
-    columns = ("experts", "ep", "tp", "bank", "of even share", "gates", "base", "peak", "of shard", "load s")
+    columns = ("experts", "ep", "tp", "dtype", "bank", "of even share", "gates", "base", "peak", "of shard", "load s")
     table = Table(*columns, title="The fullest rank")
     for row in rows:
         table.add_row(
-            *(str(row.experts), str(row.ep), str(row.tp)),
+            *(str(row.experts), str(row.ep), str(row.tp), row.dtype),
             *(show_bytes(row.bank), f"{row.bank_of_even_share:.3f}", show_bytes(row.gates), show_bytes(row.base)),
             *(show_bytes(row.peak), f"{row.peak_of_shard:.3f}", f"{row.load_s:.1f}"),
         )

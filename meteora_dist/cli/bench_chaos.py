@@ -17,6 +17,8 @@ from meteora_dist.errors import InvalidRequest
 from meteora_dist.model.demo_model import demo_model_dir
 from meteora_dist.serving.app import parse_config
 
+_HEARTBEAT_S = 0.5
+
 
 def chaos(
     model: Annotated[Path | None, typer.Option(help="Base model folder; the demo's without it.")] = None,
@@ -30,6 +32,9 @@ def chaos(
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 64,
     kv_cache_tokens: Annotated[int, typer.Option(help="Tokens the KV cache of a rank has room for.")] = 8192,
     standby: Annotated[bool, typer.Option(help="Whether ranks have a second process on standby.")] = True,
+    heartbeat_timeout: Annotated[
+        float, typer.Option(help="Seconds a rank gets to answer before it counts as stopped; a service gives it 5.")
+    ] = 2.5,
     seed: Annotated[int, typer.Option(help="Of the choice of times and ranks.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
@@ -48,6 +53,8 @@ def chaos(
         "ep": ep,
         "kv_cache_tokens": kv_cache_tokens,
         "standby": standby,
+        "heartbeat_s": _HEARTBEAT_S,
+        "heartbeat_timeout_s": heartbeat_timeout,
     }
     plan = ChaosPlan(tuple(kinds), injections, callers, tokens, seed=seed)  # type: ignore[arg-type]  # checked above
     with Console(stderr=True).status("starting the service") as status:

@@ -262,7 +262,8 @@ def load_routed(config: EngineConfig, rank: int, residency: Residency | None = N
     Arguments as for ``RankEngine``.
     """
     if residency is None:
-        bank = Bank.open(config.bank)
+        # Each rank hashes the adapters it reads, when it reads them.
+        bank = Bank.open(config.bank, hashing=False)
         holdings = Holdings(Residency.of(bank, config.ep), {bank.manifest.generation: bank})
     else:
         holdings = Holdings.open(residency, {})

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from meteora_dist.errors import ModelError
+from meteora_dist.model.checkpoint import stored_tensors
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -49,13 +58,19 @@ def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> Pre
     """
     if not (folder / "config.json").is_file():
         raise ModelError(folder, "no config.json here; it must be the folder of a transformers checkpoint")
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if tp > 1:
-            _check_heads(folder, tp)
+            _check_heads(folder, config, tp)
             options["distributed_config"] = _TensorParallelOnly(tp_size=tp, dp_replicate_size=ep)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model: PreTrainedModel
+        model, loading = kind.from_pretrained(None, config=config, state_dict=stored_tensors(folder, dtype), **options)
+        _check_complete(folder, loading)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(folder, f"cannot be loaded as a causal language model: {error}") from error
     if tp == 1:
         # The parts of a split model are on their devices already.
@@ -65,8 +80,14 @@ def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> Pre
     return model
 
 
-def _check_heads(folder: Path, tp: int) -> None:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+def _check_complete(folder: Path, loading: Mapping[str, Any]) -> None:
+    # transformers would warn, and go on with random weights in their place.
+    for fault in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if loading[fault]:
+            raise ModelError(folder, f"its weights do not fit its config: {fault} {sorted(map(str, loading[fault]))}")
+
+
+def _check_heads(folder: Path, config: PreTrainedConfig, tp: int) -> None:
     heads: int = config.num_attention_heads
     kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
     if heads % tp or kv_heads % tp:

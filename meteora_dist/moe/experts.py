@@ -6,12 +6,12 @@ P = N * E, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from meteora_dist.adapters import Adapter, LoraPair, PairCut
+from meteora_dist.adapters import Adapter, PairPlace
 from meteora_dist.bank import Bank
 from meteora_dist.errors import AdapterError, BankError
 from meteora_dist.moe.sharding import GroupShape
@@ -19,25 +19,41 @@ from meteora_kernels.routed_lora.plan import arrange
 from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, stack
 
 
-def read_expert(adapter: Adapter, shape: GroupShape, dtype: torch.dtype, device: torch.device) -> Expert:
-    """This rank's part of one expert at the linears of a group; nothing else is kept in memory.
+def unread_expert(adapter: Adapter, shape: GroupShape, dtype: torch.dtype) -> Expert:
+    """This rank's part of one expert at the linears of a group, with matrices that are not here yet.
 
-    All ranks of a tp group read the same digests alike, whenever they read them.
+    All ranks of a tp group cut the same digests alike, whenever they do.
 
     Raises:
-        AdapterError: The adapter is for linears of another shape, or its file has changed.
+        AdapterError: The adapter is for linears of another shape.
     """
-    cuts = {
-        name: shape.cut(linear, adapter.shapes[name].rank, adapter.digest)
-        for linear, name in enumerate(shape.names)
-        if _adapts(adapter, shape, linear)
-    }
-    pairs = dict(zip(cuts, adapter.load_all(list(cuts.items()), device, dtype), strict=True))
-    return tuple(_part(adapter, name, cuts[name], pairs[name]) if name in pairs else None for name in shape.names)
+    return tuple(_unread(adapter, shape, linear, dtype) for linear in range(len(shape.names)))
+
+
+def read_expert(adapter: Adapter, places: Iterable[tuple[GroupShape, Expert]]) -> None:
+    """Reads this rank's part of one expert, at all groups of linears at once, and nothing else.
+
+    Args:
+        adapter: The expert's; hashed first.
+        places: Every group, with the expert's matrices in its stack, to be filled.
+
+    Raises:
+        AdapterError: Its files have changed.
+    """
+    adapter.verify()
+    adapter.read_into(
+        PairPlace(name, shape.cut(linear, part.rank, adapter.digest), part.a_RH, part.b_RO)
+        for shape, expert in places
+        for linear, (name, part) in enumerate(zip(shape.names, expert, strict=True))
+        if part
+    )
 
 
 def stack_experts(experts: Sequence[Expert], shape: GroupShape, dtype: torch.dtype, device: torch.device) -> LoraStack:
-    """Experts of a group by local id, as its operators want them: few side by side in a copy, many as they are."""
+    """Experts of a group by local id, as its operators want them: few side by side in a copy, many as they are.
+
+    There is room for the matrices of those that are not read yet.
+    """
     return arrange(stack(experts, shape.local_inputs, shape.local_outputs, dtype, device))
 
 
@@ -77,12 +93,20 @@ def _adapts(adapter: Adapter, shape: GroupShape, linear: int) -> bool:
     return True
 
 
-def _part(adapter: Adapter, name: str, cut: PairCut, pair: LoraPair) -> LoraPart:
+def _unread(adapter: Adapter, shape: GroupShape, linear: int, dtype: torch.dtype) -> LoraPart | None:
+    if not _adapts(adapter, shape, linear):
+        return None
+    known = adapter.shapes[shape.names[linear]]
+    cut = shape.cut(linear, known.rank, adapter.digest)
+
+    def unread(rows: slice, columns: slice) -> Tensor:
+        return torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype, device="meta")
+
     return LoraPart(
-        a_RH=pair.a_RH,
-        b_RO=pair.b_OR.T.contiguous(),
-        scale=pair.scale,
-        rank=adapter.shapes[name].rank,
+        a_RH=unread(cut.ranks_a, cut.inputs),
+        b_RO=unread(cut.ranks_b, cut.outputs),
+        scale=known.scale,
+        rank=known.rank,
         first_a=cut.ranks_a.start,
         first_b=cut.ranks_b.start,
     )

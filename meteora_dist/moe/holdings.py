@@ -18,12 +18,12 @@ from meteora_dist.adapters import Adapter
 from meteora_dist.bank import Bank
 from meteora_dist.errors import BankError
 from meteora_dist.moe.dispatcher import targets_of
-from meteora_dist.moe.experts import read_expert, read_gates, stack_experts
+from meteora_dist.moe.experts import read_expert, read_gates, stack_experts, unread_expert
 from meteora_dist.moe.layer import GroupState, RoutedGroup
 from meteora_dist.moe.residency import Residency
 from meteora_dist.moe.routing import LiveGeneration, live_generations
 from meteora_dist.moe.sharding import GroupShape
-from meteora_kernels.routed_lora.stack import LoraPart, LoraStack
+from meteora_kernels.routed_lora.stack import LoraStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,16 @@ class Holdings:
     def open(cls, residency: Residency, known: Mapping[int, Bank]) -> Holdings:
         """Opens and checks the banks of a residency, except for those that are ``known``.
 
+        Adapters are not hashed now, but by the ranks that read them, when they do.
+
         Raises:
             BankError: A bank is damaged, or not the one the residency was made for.
             AdapterError: An adapter is damaged.
         """
-        banks = {number: known.get(number) or Bank.open(folder) for number, folder in residency.folders.items()}
+        banks = {
+            number: known.get(number) or Bank.open(folder, hashing=False)
+            for number, folder in residency.folders.items()
+        }
         for number, digests in residency.roster.adapters.items():
             bank = banks[number]
             if (bank.manifest.generation, bank.digests) != (number, digests):
@@ -84,23 +89,23 @@ class Resident:
     gate_bytes: int
 
 
-def first_state(
-    shape: GroupShape, holdings: Holdings, group: int, dtype: torch.dtype, device: torch.device
-) -> GroupState:
-    """What a group of linears starts with.
+def first_states(
+    shapes: Sequence[GroupShape], holdings: Holdings, group: int, dtype: torch.dtype, device: torch.device
+) -> tuple[GroupState, ...]:
+    """What every group of linears starts with.
 
     Args:
-        shape: The linears.
+        shapes: The linears of each.
         holdings: What is to be held.
         group: This rank's expert-parallel group.
         dtype: Of the experts.
         device: Where they go.
 
     Raises:
-        CheckpointError: A file can no longer be read, or does not fit the base model.
+        CheckpointError: A file has changed, or does not fit the base model.
     """
-    nothing = GroupState((), (), torch.empty(0), stack_experts([], shape, dtype, device))
-    return _state(shape, holdings, group, {}, {}, nothing)
+    nothing = [GroupState((), (), torch.empty(0), stack_experts([], shape, dtype, device)) for shape in shapes]
+    return _states(shapes, nothing, Holdings(holdings.residency, {}), holdings, (), group)
 
 
 def next_states(groups: Iterable[RoutedGroup], now: Holdings, then: Holdings, group: int) -> tuple[GroupState, ...]:
@@ -108,7 +113,7 @@ def next_states(groups: Iterable[RoutedGroup], now: Holdings, then: Holdings, gr
 
     Raises:
         BankError: A bank targets a linear that is not routed: no expert adapted it when the model was loaded.
-        CheckpointError: A file can no longer be read, or does not fit the base model.
+        CheckpointError: A file has changed, or does not fit the base model.
     """
     groups = list(groups)
     routed = {name for each in groups for name in each.names}
@@ -118,13 +123,8 @@ def next_states(groups: Iterable[RoutedGroup], now: Holdings, then: Holdings, gr
                 bank.path,
                 f"adapts {unrouted[0]}, which no expert did when this engine was started; start it anew with this bank",
             )
-    held = now.residency.held_by(group)
-    states = []
-    for each in groups:
-        experts = dict(zip(held, each.state.stack.experts, strict=True))
-        gates = dict(zip(now.banks, zip(each.state.gates, each.state.absent, strict=True), strict=True))
-        states.append(_state(each.shape, then, group, experts, gates, each.state))
-    return tuple(states)
+    shapes, states = [each.shape for each in groups], [each.state for each in groups]
+    return _states(shapes, states, now, then, now.residency.held_by(group), group)
 
 
 def resident(states: Sequence[GroupState]) -> Resident:
@@ -136,31 +136,45 @@ def resident(states: Sequence[GroupState]) -> Resident:
     )
 
 
-def _state(
-    shape: GroupShape,
+def _states(
+    shapes: Sequence[GroupShape],
+    before: Sequence[GroupState],
+    now: Holdings,
     then: Holdings,
+    held: Sequence[str],
     group: int,
-    experts: Mapping[str, tuple[LoraPart | None, ...]],
-    gates: Mapping[int, tuple[Tensor, Tensor | None]],
-    before: GroupState,
-) -> GroupState:
-    """The state for ``then``, with the experts and gates that are here already, by digest and by generation."""
-    dtype, device = before.stack.dtype, before.stack.scales_NE.device
-    adapters = then.adapters()
-    wanted = [
-        experts[digest] if digest in experts else read_expert(adapters[digest], shape, dtype, device)
-        for digest in then.residency.held_by(group)
-    ]
-    loaded = [
-        gates[number] if number in gates else (read_gates(bank, shape, device), _absent(bank, shape, device))
-        for number, bank in then.banks.items()
-    ]
-    return GroupState(
-        gates=tuple(gate_PH for gate_PH, _ in loaded),
-        absent=tuple(absent_N1 for _, absent_N1 in loaded),
-        targets_DG=targets_of(then.residency.placement, group, device),
-        stack=_released(stack_experts(wanted, shape, dtype, device)),
-    )
+) -> tuple[GroupState, ...]:
+    """The states for ``then``, with the experts ``held`` and the gates of ``now`` as ``before`` has them.
+
+    Memory is laid out first, for all groups; then every expert that is not here yet is read into its places, once.
+    """
+    adapters, wanted = then.adapters(), then.residency.held_by(group)
+    places = {digest: place for place, digest in enumerate(held)}
+    states = []
+    for shape, old in zip(shapes, before, strict=True):
+        dtype, device = old.stack.dtype, old.stack.scales_NE.device
+        experts = [
+            old.stack.experts[places[digest]] if digest in places else unread_expert(adapters[digest], shape, dtype)
+            for digest in wanted
+        ]
+        gates = dict(zip(now.banks, zip(old.gates, old.absent, strict=True), strict=True))
+        loaded = [
+            gates[number] if number in gates else (read_gates(bank, shape, device), _absent(bank, shape, device))
+            for number, bank in then.banks.items()
+        ]
+        states.append(
+            GroupState(
+                gates=tuple(gate_PH for gate_PH, _ in loaded),
+                absent=tuple(absent_N1 for _, absent_N1 in loaded),
+                targets_DG=targets_of(then.residency.placement, group, device),
+                stack=_released(stack_experts(experts, shape, dtype, device)),
+            )
+        )
+    for place, digest in enumerate(wanted):
+        if digest not in places:
+            own = [state.stack.experts[place] for state in states]
+            read_expert(adapters[digest], zip(shapes, own, strict=True))
+    return tuple(states)
 
 
 def _absent(bank: Bank, shape: GroupShape, device: torch.device) -> Tensor | None:

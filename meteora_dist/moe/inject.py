@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from meteora_dist.bank import Bank
 from meteora_dist.errors import BankError
-from meteora_dist.moe.holdings import Holdings, first_state
+from meteora_dist.moe.holdings import Holdings, first_states
 from meteora_dist.moe.layer import RoutedGroup, RoutingContext, SharedDeltas
 from meteora_dist.moe.linears import SHARED_INPUTS
 from meteora_dist.moe.placement import Placement
@@ -65,13 +65,12 @@ def inject_holdings(
     place = place or Place()
     tp = TensorParallel.of(model, place.wire)
     context = RoutingContext()
+    shapes = [_shape(model, holdings, names, tp) for names in _grouped(model, holdings)]
     groups = []
-    for names in _grouped(model, holdings):
-        shape = _shape(model, holdings, names, tp)
-        state = first_state(shape, holdings, place.group, dtype, model.device)
+    for shape, state in zip(shapes, first_states(shapes, holdings, place.group, dtype, model.device), strict=True):
         group = RoutedGroup(shape, state, place.dispatcher, context, None if tp is None else tp.add_up)
         shared = SharedDeltas(group)
-        for index, name in enumerate(names):
+        for index, name in enumerate(shape.names):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, routed_linear(model, name, tp, shared, index))
         groups.append(group)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
@@ -18,6 +19,10 @@ from meteora_dist.moe.residency import Residency
 
 if TYPE_CHECKING:
     from meteora_dist.engine.rank import RankEngine
+
+
+_STANDBY_NICE = 10
+"""Of what standby processes import: a tenth of the time of a core that a rank keeps busy, all of an idle one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,9 @@ class RankReport:
 class RankActor(Member):
     """Runs one :class:`~meteora_dist.engine.rank.RankEngine` for a replica in another process."""
 
+    # Outlives ``assign``, which calls the constructor again.
+    _importer: threading.Thread | None = None
+
     def __init__(self, config: EngineConfig, rank: int, residency: Residency) -> None:
         self._config = config
         self._rank = rank
@@ -46,12 +54,16 @@ class RankActor(Member):
         self._engine: RankEngine | None = None
 
     async def stand_by(self) -> None:
-        """Imports what the engine needs."""
-        await asyncio.to_thread(_import_engine)
+        """Begins to import what the engine needs, in little of the time that the ranks at work would use."""
+        # A thread of its own, as one that was slowed down may not always be sped up again.
+        self._importer = threading.Thread(target=_import_engine, args=(_STANDBY_NICE,), daemon=True)
+        self._importer.start()
 
     async def start(self, rendezvous: str) -> None:
         """Loads the model and this rank's experts; returns when all ranks have met at ``rendezvous``."""
         meeting = f"tcp://{rendezvous}" if self._config.mesh.size > 1 else None
+        if self._importer is not None and self._importer.native_id is not None:
+            _set_nice(self._importer.native_id, 0)
         try:
             self._engine = await asyncio.to_thread(_load, self._config, self._rank, meeting, self._residency)
         except Exception as error:
@@ -102,13 +114,15 @@ def _report(engine: RankEngine) -> RankReport:
     return RankReport(resident.expert_bytes, resident.gate_bytes, engine.loads)
 
 
-def _import_engine() -> None:
-    # With time that nobody else wants: the ranks are at work meanwhile.
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    try:
-        import_module("meteora_dist.engine.rank")
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+def _import_engine(nice: int) -> None:
+    _set_nice(threading.get_native_id(), nice)
+    import_module("meteora_dist.engine.rank")
+
+
+def _set_nice(thread: int, nice: int) -> None:
+    # Over already, or one that was slowed down by a process without the right to undo that.
+    with suppress(ProcessLookupError, PermissionError):
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def _load(config: EngineConfig, rank: int, meeting: str | None, residency: Residency) -> RankEngine:

@@ -4,13 +4,13 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from meteora_dist.adapters import LoraShape, read_adapter
-from meteora_dist.adapters.adapter import WHOLE
+from meteora_dist.adapters import AdapterReader, LoraShape, PairCut, PairPlace, read_adapter
 from meteora_dist.errors import AdapterError
 from tests.adapters.builders import CONFIG, WEIGHTS, edit_config, edit_weights, peft_adapter
 
@@ -179,15 +179,37 @@ def test_a_file_that_changed_after_it_was_read_is_refused(folder: Path) -> None:
         adapter.load(Q0)
 
 
-def test_pairs_lie_in_memory_as_the_operators_want_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scratch", [1, 100, 2**20])
+def test_parts_are_read_to_where_they_belong(tmp_path: Path, scratch: int) -> None:
     peft_adapter(tmp_path, r=4, lora_alpha=8, target_modules=ALL)
     adapter = read_adapter(tmp_path)
-    parts = [(module, WHOLE) for module in adapter.shapes]
-    for (module, _), pair in zip(parts, adapter.load_all(parts, dtype=torch.float64), strict=True):
-        single = adapter.load(module, dtype=torch.float64)
-        assert torch.equal(pair.a_RH, single.a_RH)
-        assert torch.equal(pair.b_OR, single.b_OR)
-        assert pair.a_RH.is_contiguous()
-        assert pair.b_OR.T.is_contiguous()
-        # Each has memory of its own and no more of it.
-        assert [t.untyped_storage().nbytes() for t in (pair.a_RH, pair.b_OR)] == [pair.a_RH.nbytes, pair.b_OR.nbytes]
+    cut = PairCut(slice(2, 9), slice(3, 8), slice(1, 4), slice(0, 2))
+    # Rows of a larger matrix each, as in a stack of packed experts; what is around them must stay.
+    packed = {module: (torch.full((5, 7), torch.nan), torch.full((4, 5), torch.nan)) for module in adapter.shapes}
+    with patch("meteora_dist.adapters.tensors.SCRATCH_BYTES", scratch):
+        adapter.read_into(PairPlace(module, cut, a[1:4], b[1:3]) for module, (a, b) in packed.items())
+    for module, (a, b) in packed.items():
+        whole = adapter.load(module)
+        assert torch.equal(a[1:4], whole.a_RH[1:4, 2:9])
+        assert torch.equal(b[1:3], whole.b_OR[3:8, 0:2].T)
+        assert int(a.isnan().sum()) == 2 * 7
+        assert int(b.isnan().sum()) == 2 * 5
+
+
+def test_adapters_alike_share_what_is_known_of_them(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second", "scaled")]
+    for seed, folder in enumerate(folders):
+        peft_adapter(folder, r=4, lora_alpha=8, target_modules=ALL)
+        edit_weights(folder, {A_Q0: torch.full((4, 16), float(seed))})
+    edit_config(folders[2], lora_alpha=16)
+    reader = AdapterReader()
+    first, second, scaled = map(reader.read, folders)
+    assert first.header is second.header is scaled.header
+    assert first.shapes is second.shapes
+    assert scaled.shapes[Q0].scale == 2 * first.shapes[Q0].scale
+    assert [adapter.digest for adapter in (first, second, scaled)] == [read_adapter(f).digest for f in folders]
+    # A header that is known does not vouch for a file of another length.
+    content = (folders[1] / WEIGHTS).read_bytes()
+    (folders[1] / WEIGHTS).write_bytes(content[:-2])
+    with pytest.raises(AdapterError, match="truncated"):
+        reader.read(folders[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,6 +200,32 @@ def test_a_small_stack_is_served_densely(monkeypatch: pytest.MonkeyPatch) -> Non
     assert plan.arrange(pairs).packed is not None
     monkeypatch.setattr(plan, "DENSE_COLUMNS", max(pairs.columns) - 1)
     assert plan.arrange(pairs).packed is None
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_is_not_here_yet_has_room(monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
+    pairs = random_stack(torch.Generator().manual_seed(5))
+    monkeypatch.setattr(plan, "DENSE_COLUMNS", max(pairs.columns) if dense else 0)
+    # Expert 1 is still to be read; the others are copied, or stay where they are.
+    unread = tuple(
+        part and replace(part, a_RH=part.a_RH.to("meta"), b_RO=part.b_RO.to("meta")) for part in pairs.experts[1]
+    )
+    laid_out = plan.arrange(replace(pairs, experts=(pairs.experts[0], unread, *pairs.experts[2:])))
+    for place, part in zip(laid_out.experts[1], pairs.experts[1], strict=True):
+        if place and part:
+            place.a_RH.copy_(part.a_RH)
+            place.b_RO.copy_(part.b_RO)
+    expected = plan.arrange(pairs)
+    assert (laid_out.packed is None) == (expected.packed is None) == (not dense)
+    for found, wanted in zip(laid_out.experts, expected.experts, strict=True):
+        for place, part in zip(found, wanted, strict=True):
+            assert (place is None) == (part is None)
+            if place and part:
+                assert torch.equal(place.a_RH, part.a_RH)
+                assert torch.equal(place.b_RO, part.b_RO)
+    if laid_out.packed and expected.packed:
+        assert torch.equal(laid_out.packed.a_CH, expected.packed.a_CH)
+        assert torch.equal(laid_out.packed.pair_of_C, expected.packed.pair_of_C)
 
 
 def test_a_stack_without_experts_adds_nothing() -> None:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from meteora_dist.bank import Bank, BankEdit, NewExpert, edit_bank, write_bank
 from meteora_dist.errors import AdapterError, BankError
-from meteora_dist.moe.holdings import Holdings
+from meteora_dist.moe.holdings import Holdings, first_states
 from meteora_dist.moe.inject import inject, inject_holdings
 from meteora_dist.moe.placement import contiguous
 from meteora_dist.moe.residency import Residency
 from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import RoutingChoice, named, plan_pass
+from meteora_dist.moe.sharding import GroupShape
 from tests.support.tiny import (
     HIDDEN,
     MLP,
@@ -213,7 +214,23 @@ def test_a_file_cut_short_after_the_checks_is_noticed(
     weights = bank.path / "experts" / "extra" / "adapter_model.safetensors"
     opened = Holdings.open(routed.holdings.residency.with_bank(bank), routed.holdings.banks)
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with patch.object(Holdings, "open", return_value=opened), pytest.raises(AdapterError, match="ends inside tensor"):
+    with patch.object(Holdings, "open", return_value=opened), pytest.raises(AdapterError, match="its digest is"):
         routed.prepare(opened.residency)
     assert routed.groups[0].state is state
     assert torch.equal(answers(routed, tiny_bank), before)
+
+
+def test_an_adapter_is_hashed_by_the_ranks_that_read_it(tiny_base: Path, tiny_bank: Bank, tmp_path: Path) -> None:
+    extra = NewExpert(write_adapter(tiny_base, tmp_path / "extra", EXTRA, seed=31))
+    bank = edit_bank(tiny_bank, BankEdit(add={"extra": extra}), tmp_path / "2")
+    weights = bank.path / "experts" / "extra" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    # Of the five experts in two groups it is the last; its header is as it was.
+    holdings = Holdings.open(Residency.of(bank, 2), {})
+    shape = GroupShape(("model.layers.0.self_attn.v_proj",), HIDDEN, (16,))
+    first_states([shape], holdings, 0, torch.float32, torch.device("cpu"))
+    with pytest.raises(AdapterError, match=r"extra: its digest is \w+; the bank it belongs to was made with"):
+        first_states([shape], holdings, 1, torch.float32, torch.device("cpu"))
+    with pytest.raises(BankError, match="the adapter's digest is"):
+        Bank.open(bank.path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meteora_dist.bank import Bank
-from meteora_dist.moe.experts import read_expert, read_gates
+from meteora_dist.moe.experts import read_expert, read_gates, stack_experts, unread_expert
 from meteora_dist.moe.sharding import GroupShape, Split, chunk, share
 
 CPU = torch.device("cpu")
@@ -59,7 +59,9 @@ def test_what_the_ranks_read_is_the_pair(tiny_bank: Bank, tp: int, linear: str, 
         a_RH, b_OR = torch.full_like(whole.a_RH, torch.nan), torch.full_like(whole.b_OR, torch.nan)
         held = 0
         for shape in shapes:
-            (part,) = read_expert(adapter, shape, torch.float32, CPU)
+            (expert,) = stack_experts([unread_expert(adapter, shape, torch.float32)], shape, torch.float32, CPU).experts
+            read_expert(adapter, [(shape, expert)])
+            (part,) = expert
             assert part is not None
             assert (part.scale, part.rank) == (whole.scale, adapter.shapes[name].rank)
             rows_a = slice(part.first_a, part.first_a + part.a_RH.shape[0])

@@ -7,6 +7,7 @@ shapes. It reads the whole stack, so it is for few experts (see ``plan``). Formu
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,31 +32,26 @@ def routed_lora_dense(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_T
 
 
 def pack(stack: LoraStack) -> LoraStack:
-    """A stack of whole pairs with its matrices side by side; its experts view them, so nothing is held twice."""
+    """A stack of whole pairs with its matrices side by side; its experts view them, so nothing is held twice.
+
+    What is not here yet (see ``stack.py``) has room there, uninitialised.
+    """
     assert stack.whole, "parts of pairs cannot be packed"
-    device = stack.scales_NE.device
     held = [
         [(e, part) for e, expert in enumerate(stack.experts) if (part := expert[n])] for n in range(stack.num_linears)
     ]
-
-    def join(matrices: list[Tensor], width: int) -> Tensor:
-        return torch.cat([torch.empty(0, width, dtype=stack.dtype, device=device), *matrices])
-
+    owners = [n * stack.num_experts + e for n, row in enumerate(held) for e, part in row for _ in range(part.rank)]
+    empty = partial(torch.empty, dtype=stack.dtype, device=stack.scales_NE.device)
     packed = Packed(
-        a_CH=join([part.a_RH for row in held for _, part in row], stack.in_features),
-        b_CO=tuple(
-            join([part.b_RO for _, part in row], width) for row, width in zip(held, stack.out_features, strict=True)
-        ),
-        pair_of_C=torch.tensor(
-            [n * stack.num_experts + e for n, row in enumerate(held) for e, part in row for _ in range(part.rank)],
-            dtype=torch.long,
-            device=device,
-        ),
+        a_CH=empty(len(owners), stack.in_features),
+        b_CO=tuple(empty(rows, width) for rows, width in zip(stack.columns, stack.out_features, strict=True)),
+        pair_of_C=torch.tensor(owners, dtype=torch.long, device=stack.scales_NE.device),
     )
-    return replace(stack, experts=_views(stack, packed), packed=packed)
+    return replace(stack, experts=_moved(stack, packed), packed=packed)
 
 
-def _views(stack: LoraStack, packed: Packed) -> tuple[Expert, ...]:
+def _moved(stack: LoraStack, packed: Packed) -> tuple[Expert, ...]:
+    """The experts with their matrices copied into ``packed``."""
     experts: list[list[LoraPart | None]] = [[None] * stack.num_linears for _ in stack.experts]
     row_a = 0
     for n, b_CO in enumerate(packed.b_CO):
@@ -63,6 +59,10 @@ def _views(stack: LoraStack, packed: Packed) -> tuple[Expert, ...]:
         for e, expert in enumerate(stack.experts):
             if part := expert[n]:
                 rows = part.rank
-                experts[e][n] = replace(part, a_RH=packed.a_CH[row_a : row_a + rows], b_RO=b_CO[row_b : row_b + rows])
+                a_RH, b_RO = packed.a_CH[row_a : row_a + rows], b_CO[row_b : row_b + rows]
+                if not part.a_RH.is_meta:
+                    a_RH.copy_(part.a_RH)
+                    b_RO.copy_(part.b_RO)
+                experts[e][n] = replace(part, a_RH=a_RH, b_RO=b_RO)
                 row_a, row_b = row_a + rows, row_b + rows
     return tuple(tuple(expert) for expert in experts)

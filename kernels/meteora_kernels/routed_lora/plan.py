@@ -6,17 +6,20 @@ from torch import Tensor
 
 from meteora_kernels.routed_lora.dense import pack, routed_lora_dense
 from meteora_kernels.routed_lora.grouped import routed_lora_grouped
-from meteora_kernels.routed_lora.stack import LoraStack
+from meteora_kernels.routed_lora.stack import LoraStack, with_room
 
 DENSE_COLUMNS = 512
 """Columns (experts times rank) a linear may have to be served densely; chosen by arithmetic, not yet measured."""
 
 
 def arrange(stack: LoraStack) -> LoraStack:
-    """The stack as its regime wants it: packed when it is small and made of whole pairs, as it is otherwise."""
+    """The stack as its regime wants it: packed when it is small and made of whole pairs, as it is otherwise.
+
+    Either way there is room for the matrices that are not here yet.
+    """
     small = max(stack.columns, default=0) <= DENSE_COLUMNS
     # Without any expert there is nothing to pack; a group may hold none.
-    return pack(stack) if small and stack.experts and stack.whole else stack
+    return pack(stack) if small and stack.experts and stack.whole else with_room(stack)
 
 
 def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,9 @@
 A process may hold a whole pair, or a part of it: some of its ranks, inputs or outputs. Every expert keeps tensors of
 its own, so a stack with other experts is made from the parts of an old one without copying a matrix.
 
+A matrix on the meta device has a shape and no numbers: it stands for one that is not here yet. Once its stack is laid
+out (``with_room``, or ``pack``) there is memory in its place, to be filled where it lies.
+
 Shapes: H input width, O_n output width of linear n (of the part held here), N linears, E experts, R rank. A missing
 pair has rank 0.
 """
@@ -10,7 +13,7 @@ pair has rank 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -144,3 +147,17 @@ def whole_part(pair: Pair, dtype: torch.dtype) -> LoraPart:
     """A pair of which nothing is elsewhere."""
     a_RH, b_OR, scale = pair
     return LoraPart(a_RH.to(dtype).contiguous(), b_OR.to(dtype).T.contiguous(), scale, a_RH.shape[0])
+
+
+def with_room(stack: LoraStack) -> LoraStack:
+    """The stack with uninitialised matrices in the place of those that are not here yet."""
+    device = stack.scales_NE.device
+
+    def here(matrix: Tensor) -> Tensor:
+        return torch.empty(matrix.shape, dtype=matrix.dtype, device=device) if matrix.is_meta else matrix
+
+    experts = [
+        tuple(part and replace(part, a_RH=here(part.a_RH), b_RO=here(part.b_RO)) for part in expert)
+        for expert in stack.experts
+    ]
+    return replace(stack, experts=tuple(experts))
