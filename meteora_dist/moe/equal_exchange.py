@@ -24,6 +24,7 @@ from meteora_dist.moe.dispatcher import (
     unpack_rows,
 )
 from meteora_dist.moe.routing import NO_EXPERT
+from meteora_dist.moe.swap import Swap
 from meteora_dist.moe.wire import ExchangeKind, Wire
 
 FEW_TOKENS = 64
@@ -33,9 +34,14 @@ FEW_TOKENS = 64
 class EqualDispatcher:
     """All ranks send and receive C rows each; C is a power of two, so that there are few shapes."""
 
-    def __init__(self, group: dist.ProcessGroup, wire: Wire) -> None:
-        """Binds the exchange to a process group; arguments as of ``AllToAllDispatcher``."""
-        self._group = group
+    def __init__(self, swap: Swap, wire: Wire) -> None:
+        """Binds the exchange.
+
+        Args:
+            swap: Of one rank of every expert-parallel group, in their order.
+            wire: Counts what is sent.
+        """
+        self._swap = swap
         self._wire = wire
         self._capacity = 1
 
@@ -75,26 +81,25 @@ class EqualDispatcher:
         return torch.split(first_CO[: exchange.tokens], widths, dim=1)
 
     def _exchange(self, kind: ExchangeKind, outgoing_MB: Tensor, ranks: int) -> Tensor:
-        incoming_MB = torch.empty_like(outgoing_MB)
         remote = outgoing_MB.shape[0] // ranks * (ranks - 1)
         with self._wire.count(kind, remote, remote * outgoing_MB.shape[1] * outgoing_MB.element_size()):
-            dist.all_to_all_single(incoming_MB, outgoing_MB, group=self._group)
-        return incoming_MB
+            return self._swap(outgoing_MB)
 
 
 class AdaptiveDispatcher:
     """Exchanges few tokens in fixed shapes, and many as many as are wanted where they are wanted."""
 
-    def __init__(self, group: dist.ProcessGroup, wire: Wire, few: int = FEW_TOKENS) -> None:
-        """Binds both exchanges to a process group; arguments as of ``AllToAllDispatcher``.
+    def __init__(self, group: dist.ProcessGroup, swap: Swap, wire: Wire, few: int = FEW_TOKENS) -> None:
+        """Binds both exchanges.
 
         Args:
             group: One rank of every expert-parallel group, in their order.
+            swap: Of the same ranks.
             wire: Counts what is sent.
             few: Most tokens of a rank that are exchanged in fixed shapes; equal on all ranks.
         """
         self._few = few
-        self._equal = EqualDispatcher(group, wire)
+        self._equal = EqualDispatcher(swap, wire)
         self._exact = AllToAllDispatcher(group, wire)
         self._chosen: Dispatcher = self._exact
 
