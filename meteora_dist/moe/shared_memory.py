@@ -20,6 +20,9 @@ from typing import NamedTuple
 SPIN_S = 0.0005
 """How long a wait keeps asking, and lets others run in between, before it sleeps: a sleeper wakes up late."""
 
+CACHE_LINE = 64
+"""Bytes that processors move together; two that write to one hold each other up."""
+
 
 class Address(NamedTuple):
     """Where other processes find a segment: whole numbers, so that ranks can tell each other by a tensor.
@@ -107,8 +110,8 @@ class Semaphores:
     order memory, which plain stores do not.
     """
 
-    BYTES = 64
-    """Room for each: enough for a ``sem_t`` on any Linux, and no two in one cache line."""
+    BYTES = CACHE_LINE
+    """Room for each, enough for a ``sem_t`` on any Linux."""
 
     def __init__(self, segment: Segment, count: int) -> None:
         """Views the first ``count`` of a segment.

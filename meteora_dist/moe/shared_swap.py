@@ -8,29 +8,42 @@ Every rank has a box for what it gives, in two halves that take turns, and a sem
 Two halves are enough: who begins swap n + 2 has the posts of all others for swap n + 1, and each of them gave it after
 it had read all of swap n.
 
-Shapes: D ranks, M = D * C rows of B numbers, C of them for each rank.
+Shapes: as in ``swap.py``.
 """
 
 from __future__ import annotations
 
-import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meteora_dist.moe.shared_memory import Address, Segment, Semaphores
-from meteora_dist.moe.swap import GroupSwap, Swap
+from meteora_dist.moe.shared_memory import CACHE_LINE, Address, Segment, Semaphores
+from meteora_dist.moe.swap import GroupSwap, Parts, Swap
 
 HALF_BYTES = 16 << 20
 """Most bytes that a rank gives in one swap; larger ones go through the process group."""
 _LOOK_S = 0.5
 """How often a waiting rank looks whether the one it waits for still lives."""
 _NOWHERE = Address(0, 0, 0)
+
+
+class _Views(NamedTuple):
+    """Where the tensors of one swap lie.
+
+    Attributes:
+        box: In this rank's box.
+        parts: For each tensor, what is for this rank in the boxes of all, in their order.
+    """
+
+    box: tuple[Tensor, ...]
+    parts: tuple[tuple[Tensor, ...], ...]
 
 
 class SharedSwap:
@@ -51,20 +64,21 @@ class SharedSwap:
         self._otherwise = GroupSwap(group)
         self._timeout = timeout
         self._half = 0
-        self._known: dict[tuple[int, torch.Size, torch.dtype], tuple[Tensor, list[Tensor]]] = {}
+        self._known: dict[tuple[object, ...], _Views | None] = {}
 
-    def __call__(self, outgoing_MB: Tensor) -> Tensor:
+    def __call__(self, *outgoing_D: Tensor) -> tuple[Parts, ...]:
         """See ``Swap``."""
-        if not 0 < outgoing_MB.nbytes <= HALF_BYTES:
-            return self._otherwise(outgoing_MB)
-        box_MB, parts_CB = self._views(outgoing_MB)
+        views = self._views(outgoing_D)
+        if views is None:
+            return self._otherwise(*outgoing_D)
         self._half = 1 - self._half
-        box_MB.copy_(outgoing_MB)
+        for box_D, values_D in zip(views.box, outgoing_D, strict=True):
+            box_D.copy_(values_D)
         for other in self._others:
             self._semaphores.post(self._rank * self._ranks + other)
         for other in self._others:
             self._await(other)
-        return torch.cat(parts_CB)
+        return views.parts
 
     def _await(self, other: int) -> None:
         number = other * self._ranks + self._rank
@@ -80,18 +94,30 @@ class SharedSwap:
                     f"rank {self._rank} waited for it"
                 )
 
-    def _views(self, like_MB: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """This rank's box in the present half, and the rows for this rank in the boxes of all, in their order."""
-        key = (self._half, like_MB.shape, like_MB.dtype)
+    def _views(self, outgoing_D: Sequence[Tensor]) -> _Views | None:
+        """Of the present half, for tensors like these; None when they do not fit."""
+        key = (self._half, *((values_D.shape, values_D.dtype) for values_D in outgoing_D))
         if key not in self._known:
-            boxes_MB = [self._box(rank, like_MB) for rank in range(self._ranks)]
-            self._known[key] = boxes_MB[self._rank], [box_MB.chunk(self._ranks)[self._rank] for box_MB in boxes_MB]
+            self._known[key] = self._view(outgoing_D)
         return self._known[key]
 
-    def _box(self, rank: int, like_MB: Tensor) -> Tensor:
-        start = _boxes_start(self._ranks) + (2 * rank + self._half) * HALF_BYTES
-        flat = torch.frombuffer(self._segment.memory, dtype=like_MB.dtype, count=like_MB.numel(), offset=start)
-        return flat.view(like_MB.shape)
+    def _view(self, outgoing_D: Sequence[Tensor]) -> _Views | None:
+        starts = list(accumulate((_aligned(values_D.nbytes) for values_D in outgoing_D), initial=0))
+        if starts[-1] > HALF_BYTES or not all(values_D.numel() for values_D in outgoing_D):
+            return None
+        boxes = [
+            [self._in_box(rank, start, values_D) for rank in range(self._ranks)]
+            for start, values_D in zip(starts, outgoing_D, strict=False)
+        ]
+        return _Views(
+            box=tuple(of_ranks[self._rank] for of_ranks in boxes),
+            parts=tuple(tuple(box_D[self._rank] for box_D in of_ranks) for of_ranks in boxes),
+        )
+
+    def _in_box(self, rank: int, start: int, like: Tensor) -> Tensor:
+        start += _boxes_start(self._ranks) + (2 * rank + self._half) * HALF_BYTES
+        flat = torch.frombuffer(self._segment.memory, dtype=like.dtype, count=like.numel(), offset=start)
+        return flat.view(like.shape)
 
 
 def quickest_swap(group: dist.ProcessGroup, timeout: timedelta) -> Swap:
@@ -142,4 +168,9 @@ def _nbytes(ranks: int) -> int:
 
 def _boxes_start(ranks: int) -> int:
     """Where the boxes begin: behind the semaphores, at a new page."""
-    return -(-(ranks**2 * Semaphores.BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return _aligned(ranks**2 * Semaphores.BYTES)
+
+
+def _aligned(nbytes: int) -> int:
+    """Up to the next cache line, so that no two ranks write to one; every dtype may begin there."""
+    return -(-nbytes // CACHE_LINE) * CACHE_LINE

@@ -1,6 +1,6 @@
-"""Swaps rows of one size between the ranks of an exchange: what ``EqualDispatcher`` travels by.
+"""Swaps parts of one size between the ranks of an exchange: what ``EqualDispatcher`` travels by.
 
-Shapes: M = D * C rows, C for each of D ranks, of B numbers.
+Shapes: D ranks; what follows is the sender's choice.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meteora_dist.moe.dispatcher import pack, unpack
+
+Parts = tuple[Tensor, ...]
+"""What each of D ranks gave to this one, in their order."""
+
 
 class Swap(Protocol):
-    """Rank d gets part d of what a rank gives, and part d of what a rank gets is what rank d gave it."""
+    """Every rank gives each other rank a part."""
 
-    def __call__(self, outgoing_MB: Tensor) -> Tensor:
-        """Gives ``outgoing_MB`` and returns what came, incoming_MB. Collective: the shape is the same on all ranks.
+    def __call__(self, *outgoing_D: Tensor) -> tuple[Parts, ...]:
+        """Gives ``tensor[d]`` of each tensor to rank d. Collective: shapes and dtypes are the same on all ranks.
+
+        Returns:
+            For each tensor the parts that came. They are good until the next call, and not to be written to.
 
         Raises:
             RuntimeError: A rank is gone, or did not come in time.
@@ -31,8 +39,9 @@ class GroupSwap:
         """Binds it to one rank of every expert-parallel group, in their order."""
         self._group = group
 
-    def __call__(self, outgoing_MB: Tensor) -> Tensor:
+    def __call__(self, *outgoing_D: Tensor) -> tuple[Parts, ...]:
         """See ``Swap``."""
-        incoming_MB = torch.empty_like(outgoing_MB)
-        dist.all_to_all_single(incoming_MB, outgoing_MB, group=self._group)
-        return incoming_MB
+        outgoing_DB = pack(outgoing_D)
+        incoming_DB = torch.empty_like(outgoing_DB)
+        dist.all_to_all_single(incoming_DB, outgoing_DB, group=self._group)
+        return tuple(values_D.unbind() for values_D in unpack(incoming_DB, outgoing_D))

@@ -14,6 +14,7 @@ from meteora_dist.moe.dispatcher import AllToAllDispatcher, Dispatched, targets_
 from meteora_dist.moe.equal_exchange import AdaptiveDispatcher, EqualDispatcher
 from meteora_dist.moe.placement import Placement, contiguous
 from meteora_dist.moe.routing import NO_EXPERT
+from meteora_dist.moe.swap import GroupSwap
 from meteora_dist.moe.wire import Wire
 from tests.support.ranks import run_ranks
 
@@ -53,7 +54,7 @@ def both_ways(rank: int) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], i
     """Of every case: the exact exchange's answer, the equal one's, and the rows the latter received."""
     group = dist.group.WORLD
     assert group is not None
-    exact, equal = AllToAllDispatcher(group, Wire()), EqualDispatcher(group, Wire())
+    exact, equal = AllToAllDispatcher(group, Wire()), EqualDispatcher(GroupSwap(group), Wire())
     answers = []
     for number, case in enumerate(CASES):
         generator = torch.Generator().manual_seed(10 * number + rank)
@@ -102,7 +103,7 @@ def _alone(rank: int) -> tuple[list[int], list[int], str]:
     group = dist.group.WORLD
     assert group is not None
     wire = Wire()
-    dispatcher = AdaptiveDispatcher(group, wire, few=4)
+    dispatcher = AdaptiveDispatcher(group, GroupSwap(group), wire, few=4)
     targets_DG = targets_of(contiguous(2, 1), 0)
     rows = []
 
