@@ -27,9 +27,6 @@ from meteora_dist.moe.routing import NO_EXPERT
 from meteora_dist.moe.swap import Parts, Swap
 from meteora_dist.moe.wire import ExchangeKind, Wire
 
-FEW_TOKENS = 64
-"""Most tokens of a rank that are exchanged in fixed shapes; a choice by arithmetic, not yet measured."""
-
 
 class EqualDispatcher:
     """All ranks send and receive C rows each; C is a power of two, so that there are few shapes."""
@@ -89,16 +86,16 @@ class EqualDispatcher:
 class AdaptiveDispatcher:
     """Exchanges few tokens in fixed shapes, and many as many as are wanted where they are wanted."""
 
-    def __init__(self, group: dist.ProcessGroup, swap: Swap, wire: Wire, few: int = FEW_TOKENS) -> None:
+    def __init__(self, group: dist.ProcessGroup, swap: Swap, wire: Wire, few: int | None = None) -> None:
         """Binds both exchanges.
 
         Args:
             group: One rank of every expert-parallel group, in their order.
             swap: Of the same ranks.
             wire: Counts what is sent.
-            few: Most tokens of a rank that are exchanged in fixed shapes; equal on all ranks.
+            few: Most tokens of a rank that are exchanged in fixed shapes, equal on all ranks; by default the swap's.
         """
-        self._few = few
+        self._few = swap.few_tokens if few is None else few
         self._equal = EqualDispatcher(swap, wire)
         self._exact = AllToAllDispatcher(group, wire)
         self._chosen: Dispatcher = self._exact

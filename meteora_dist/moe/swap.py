@@ -18,10 +18,19 @@ Parts = tuple[Tensor, ...]
 
 
 class Swap(Protocol):
-    """Every rank gives each other rank a part."""
+    """Every rank gives each other rank a part.
+
+    Attributes:
+        few_tokens: Most tokens of a rank for which parts of one size are worth their waste.
+    """
+
+    few_tokens: int
 
     def __call__(self, *outgoing_D: Tensor) -> tuple[Parts, ...]:
         """Gives ``tensor[d]`` of each tensor to rank d. Collective: shapes and dtypes are the same on all ranks.
+
+        Args:
+            outgoing_D: None of them empty.
 
         Returns:
             For each tensor the parts that came. They are good until the next call, and not to be written to.
@@ -34,6 +43,8 @@ class Swap(Protocol):
 
 class GroupSwap:
     """The readable twin, for any device and any number of machines: an all-to-all of the process group."""
+
+    few_tokens = 64
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         """Binds it to one rank of every expert-parallel group, in their order."""
