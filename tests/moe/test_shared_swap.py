@@ -41,25 +41,27 @@ def _tensors(rank: int, ranks: int, number: int) -> list[Tensor]:
 
 
 def _compare(rank: int, ranks: int) -> tuple[str, float]:
-    plain = GroupSwap(_world())
+    rounds = [_tensors(rank, ranks, number) for number in range(ROUNDS)]
     with patch.object(shared_swap, "HALF_BYTES", HALF_BYTES):
         quick = quickest_swap(_world(), TIMEOUT)
-        for number in range(ROUNDS):
-            outgoing = _tensors(rank, ranks, number)
-            expected = plain(*outgoing)
-            # One after the other is late, so that each waits for each.
-            time.sleep(0.003 * (number % ranks == rank))
-            came = quick(*outgoing)
-            for some, others in zip(came, expected, strict=True):
-                assert len(some) == len(others) == ranks
-                for one, other in zip(some, others, strict=True):
-                    assert one.dtype == other.dtype
-                    assert torch.equal(one, other)
+        came = []
+        for number, outgoing in enumerate(rounds):
+            # One after the other comes late or reads late, so that each waits for each, and nobody for what it has.
+            time.sleep(0.002 * (number % (2 * ranks) == 2 * rank))
+            incoming = quick(*outgoing)
+            time.sleep(0.002 * (number % (2 * ranks) == 2 * rank + 1))
+            came.append([[part.clone() for part in parts] for parts in incoming])
         # A long wait sleeps.
         time.sleep(1.0 * (rank == 0))
         before = time.process_time()
         quick(torch.ones(ranks, 1))
-    return type(quick).__name__, time.process_time() - before
+        waiting_s = time.process_time() - before
+    plain = GroupSwap(_world())
+    for outgoing, incoming in zip(rounds, came, strict=True):
+        for parts, expected in zip(incoming, plain(*outgoing), strict=True):
+            assert [part.dtype for part in parts] == [part.dtype for part in expected]
+            assert all(map(torch.equal, parts, expected))
+    return type(quick).__name__, waiting_s
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
