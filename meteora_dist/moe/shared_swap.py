@@ -55,7 +55,7 @@ class SharedSwap:
         """Joins the ranks of ``group``, each of which has entered the segment under its number in the group.
 
         Args:
-            segment: As ``meet`` makes it.
+            segment: Of this group, its semaphores at zero.
             group: For what is too large.
             timeout: How long a rank waits for another.
         """
@@ -86,9 +86,10 @@ class SharedSwap:
         number = other * self._ranks + self._rank
         last = time.monotonic() + self._timeout.total_seconds()
         while not self._semaphores.wait(number, _LOOK_S):
-            gone = not self._segment.has(other)
-            # It may have given its part before it went.
-            if gone and not self._semaphores.wait(number, 0):
+            if not self._segment.has(other):
+                # It may have given its part before it went.
+                if self._semaphores.wait(number, 0):
+                    return
                 raise dist.DistNetworkError(f"rank {other} of the exchange is gone; rank {self._rank} waited for it")
             if time.monotonic() > last:
                 raise dist.DistNetworkError(
@@ -109,7 +110,7 @@ class SharedSwap:
             return None
         boxes = [
             [self._in_box(rank, start, values_D) for rank in range(self._ranks)]
-            for start, values_D in zip(starts, outgoing_D, strict=False)
+            for start, values_D in zip(starts[:-1], outgoing_D, strict=True)
         ]
         return _Views(
             box=tuple(of_ranks[self._rank] for of_ranks in boxes),
@@ -169,7 +170,7 @@ def _nbytes(ranks: int) -> int:
 
 
 def _boxes_start(ranks: int) -> int:
-    """Where the boxes begin: behind the semaphores, at a new page."""
+    """Where the boxes begin: behind the semaphores."""
     return _aligned(ranks**2 * Semaphores.BYTES)
 
 
