@@ -27,6 +27,8 @@ from meteora_dist.moe.holdings import Holdings, Resident
 from meteora_dist.moe.inject import inject_holdings
 from meteora_dist.moe.residency import Residency
 from meteora_dist.moe.routed_model import Place, RoutedModel
+from meteora_dist.moe.shared_swap import quickest_swap
+from meteora_dist.moe.swap import GroupSwap
 from meteora_dist.moe.wire import Wire
 
 KV_PAGE_TOKENS = 64
@@ -281,7 +283,10 @@ def _place(mesh: Mesh, rank: int) -> Place:
     wire = Wire()
     # Every rank has to take part in making every group.
     groups = [dist.new_group(mesh.peers(tp_rank), COLLECTIVE_TIMEOUT) for tp_rank in range(mesh.tp)]
-    return Place(mesh.ep_rank(rank), AdaptiveDispatcher(groups[mesh.tp_rank(rank)], wire), wire)
+    group = groups[mesh.tp_rank(rank)]
+    on_cpu = accelerator().type == "cpu"
+    swap = quickest_swap(group, COLLECTIVE_TIMEOUT) if on_cpu else GroupSwap(group)
+    return Place(mesh.ep_rank(rank), AdaptiveDispatcher(group, swap, wire), wire)
 
 
 def _generation_config(model: PreTrainedModel) -> GenerationConfig:

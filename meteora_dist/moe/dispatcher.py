@@ -8,12 +8,14 @@ slots a token, H input width, O_n output width of linear n, D ranks, G slots of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from meteora_dist.moe.placement import Placement
 from meteora_dist.moe.routing import NO_EXPERT
@@ -82,15 +84,16 @@ class Dispatcher(Protocol):
 
 
 def targets_of(placement: Placement, sender: int, device: torch.device | str = "cpu") -> Tensor:
-    """Who computes what for tokens of group ``sender``: targets_DG, int64.
+    """Who computes what for tokens of group ``sender``: targets_DG, int64, with one more column.
 
     ``targets_DG[d, g]`` is the local id of slot g on group d if d shall compute it, and ``NO_EXPERT`` in all other
-    rows: a replicated slot acts once.
+    rows: a replicated slot acts once. The last column, which index ``NO_EXPERT`` finds, is ``NO_EXPERT`` as well.
     """
     target_G = torch.tensor(placement.targets(sender), dtype=torch.long)
     groups = range(placement.groups)
     local_DG = torch.tensor([placement.local_ids(group, NO_EXPERT) for group in groups], dtype=torch.long)
-    return torch.where(target_G == torch.arange(placement.groups)[:, None], local_DG, NO_EXPERT).to(device)
+    targets_DG = torch.where(target_G == torch.arange(placement.groups)[:, None], local_DG, NO_EXPERT)
+    return pad(targets_DG, (0, 1), value=NO_EXPERT).to(device)
 
 
 class LocalDispatcher:
@@ -129,12 +132,13 @@ class AllToAllDispatcher:
         rank_S, token_S = wanted_DT.nonzero().unbind(1)
         ids_SNK = local_DTNK[rank_S, token_S]
         weights_SNK = torch.where(ids_SNK >= 0, weights_TNK[token_S].float(), 0.0)
-        payload_SB = pack_rows(x_TH[token_S], ids_SNK, weights_SNK)
+        outgoing_S = x_TH[token_S], ids_SNK.int(), weights_SNK
 
         sent, received = self._sizes(wanted_DT.sum(1))
-        payload_MB = self._exchange("dispatch", payload_SB, sent, received)
+        payload_MB = self._exchange("dispatch", pack(outgoing_S), sent, received)
+        rows_MH, ids_MNK, weights_MNK = unpack(payload_MB, outgoing_S)
         exchange = Exchange(x_TH.shape[0], token_S, sent, received)
-        return unpack_rows(payload_MB, x_TH, slots_TNK.shape[1:], exchange)
+        return Dispatched(rows_MH, ids_MNK.long(), weights_MNK, exchange)
 
     def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
         """See ``Dispatcher``; sums run in the order of the ranks."""
@@ -170,26 +174,16 @@ class AllToAllDispatcher:
 
 def local_of(slots_TNK: Tensor, targets_DG: Tensor) -> Tensor:
     """The local id of every slot at each rank that shall compute it, ``NO_EXPERT`` elsewhere: [D, T, N, K]."""
-    return torch.where(slots_TNK >= 0, targets_DG[:, slots_TNK.clamp_min(0)], NO_EXPERT)
+    return targets_DG[:, slots_TNK]
 
 
-def pack_rows(rows_SH: Tensor, ids_SNK: Tensor, weights_SNK: Tensor) -> Tensor:
-    """Rows with their ids and weights as rows of bytes, H b + 8 N K each."""
-    return torch.cat([_bytes(rows_SH), _bytes(ids_SNK.int()), _bytes(weights_SNK.float())], dim=1)
+def pack(values: Sequence[Tensor]) -> Tensor:
+    """Tensors of equally many rows side by side, as rows of bytes."""
+    return torch.cat([rows.flatten(1).contiguous().view(torch.uint8) for rows in values], dim=1)
 
 
-def unpack_rows(payload_MB: Tensor, x_TH: Tensor, slots: torch.Size, exchange: Exchange) -> Dispatched:
-    """What ``pack_rows`` made of rows like those of ``x_TH``, with ``slots`` = (N, K)."""
-    width, meta = x_TH.shape[1] * x_TH.element_size(), slots.numel() * 4
-    rows_MB, ids_MB, weights_MB = payload_MB.split([width, meta, meta], dim=1)
-    return Dispatched(
-        rows_MH=rows_MB.contiguous().view(x_TH.dtype),
-        local_ids_MNK=ids_MB.contiguous().view(torch.int32).unflatten(1, slots).long(),
-        weights_MNK=weights_MB.contiguous().view(torch.float32).unflatten(1, slots),
-        exchange=exchange,
-    )
-
-
-def _bytes(values: Tensor) -> Tensor:
-    """Any rows as rows of bytes."""
-    return values.flatten(1).contiguous().view(torch.uint8)
+def unpack(payload_MB: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What ``pack`` made of tensors with rows like those of ``like``."""
+    widths = [rows.shape[1:].numel() * rows.element_size() for rows in like]
+    parts = zip(payload_MB.split(widths, dim=1), like, strict=True)
+    return [part_MB.contiguous().view(rows.dtype).unflatten(1, rows.shape[1:]) for part_MB, rows in parts]

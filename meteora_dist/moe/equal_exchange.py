@@ -9,6 +9,8 @@ Shapes: T tokens of this rank, C tokens a rank makes room for, D ranks; the othe
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,22 +22,23 @@ from meteora_dist.moe.dispatcher import (
     Dispatcher,
     Exchange,
     local_of,
-    pack_rows,
-    unpack_rows,
 )
 from meteora_dist.moe.routing import NO_EXPERT
+from meteora_dist.moe.swap import Parts, Swap
 from meteora_dist.moe.wire import ExchangeKind, Wire
-
-FEW_TOKENS = 64
-"""Most tokens of a rank that are exchanged in fixed shapes; a choice by arithmetic, not yet measured."""
 
 
 class EqualDispatcher:
     """All ranks send and receive C rows each; C is a power of two, so that there are few shapes."""
 
-    def __init__(self, group: dist.ProcessGroup, wire: Wire) -> None:
-        """Binds the exchange to a process group; arguments as of ``AllToAllDispatcher``."""
-        self._group = group
+    def __init__(self, swap: Swap, wire: Wire) -> None:
+        """Binds the exchange.
+
+        Args:
+            swap: Of one rank of every expert-parallel group, in their order.
+            wire: Counts what is sent.
+        """
+        self._swap = swap
         self._wire = wire
         self._capacity = 1
 
@@ -49,52 +52,51 @@ class EqualDispatcher:
         Raises:
             ValueError: There are more tokens than were expected.
         """
-        tokens, capacity, ranks = x_TH.shape[0], self._capacity, targets_DG.shape[0]
+        tokens, capacity = x_TH.shape[0], self._capacity
         if tokens > capacity:
             raise ValueError(f"{tokens} tokens in an exchange that has room for {capacity}")
-        room = capacity - tokens
-        x_CH, weights_CNK = pad(x_TH, (0, 0, 0, room)), pad(weights_TNK, (0, 0, 0, 0, 0, room))
-        local_DCNK = local_of(pad(slots_TNK, (0, 0, 0, 0, 0, room), value=NO_EXPERT), targets_DG)
+        if room := capacity - tokens:
+            x_TH, weights_TNK = pad(x_TH, (0, 0, 0, room)), pad(weights_TNK, (0, 0, 0, 0, 0, room))
+            slots_TNK = pad(slots_TNK, (0, 0, 0, 0, 0, room), value=NO_EXPERT)
+        local_DCNK = local_of(slots_TNK, targets_DG)
         held_DCNK = local_DCNK >= 0
         # Rows that nobody wants are zeros: they meet experts with weight 0, and must not bring a NaN there.
-        rows_DCH = torch.where(held_DCNK.flatten(2).any(-1, keepdim=True), x_CH, 0)
-        weights_DCNK = torch.where(held_DCNK, weights_CNK, 0)
-        outgoing_MB = pack_rows(rows_DCH.flatten(0, 1), local_DCNK.flatten(0, 1), weights_DCNK.flatten(0, 1))
-        exchange = Exchange(tokens, slots_TNK.new_empty(0), (capacity,) * ranks, (capacity,) * ranks)
-        return unpack_rows(self._exchange("dispatch", outgoing_MB, ranks), x_TH, slots_TNK.shape[1:], exchange)
+        rows_DCH = torch.where(held_DCNK.flatten(2).any(-1, keepdim=True), x_TH, 0)
+        weights_DCNK = torch.where(held_DCNK, weights_TNK, 0)
+        incoming = self._exchange("dispatch", rows_DCH, local_DCNK.int(), weights_DCNK)
+        rows_MH, ids_MNK, weights_MNK = (torch.cat(parts_C) for parts_C in incoming)
+        every = (capacity,) * len(targets_DG)
+        exchange = Exchange(tokens, slots_TNK.new_empty(0), every, every)
+        return Dispatched(rows_MH, ids_MNK.long(), weights_MNK, exchange)
 
     def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
         """See ``Dispatcher``; sums run in the order of the ranks."""
         assert exchange is not None, "combine needs the exchange of its own dispatch"
-        widths = [delta_MO.shape[1] for delta_MO in deltas_MO]
         ranks = len(exchange.sent)
-        incoming_MO = self._exchange("combine", torch.cat(deltas_MO, dim=1), ranks)
-        first_CO, *others = incoming_MO.split(exchange.sent)
-        for other_CO in others:
-            first_CO = first_CO + other_CO
-        return torch.split(first_CO[: exchange.tokens], widths, dim=1)
+        incoming = self._exchange("combine", *(delta_MO.unflatten(0, (ranks, -1)) for delta_MO in deltas_MO))
+        return tuple(reduce(torch.add, parts_CO)[: exchange.tokens] for parts_CO in incoming)
 
-    def _exchange(self, kind: ExchangeKind, outgoing_MB: Tensor, ranks: int) -> Tensor:
-        incoming_MB = torch.empty_like(outgoing_MB)
-        remote = outgoing_MB.shape[0] // ranks * (ranks - 1)
-        with self._wire.count(kind, remote, remote * outgoing_MB.shape[1] * outgoing_MB.element_size()):
-            dist.all_to_all_single(incoming_MB, outgoing_MB, group=self._group)
-        return incoming_MB
+    def _exchange(self, kind: ExchangeKind, *outgoing_DC: Tensor) -> tuple[Parts, ...]:
+        ranks, capacity = outgoing_DC[0].shape[:2]
+        sent = sum(values_DC.nbytes for values_DC in outgoing_DC)
+        with self._wire.count(kind, capacity * (ranks - 1), sent // ranks * (ranks - 1)):
+            return self._swap(*outgoing_DC)
 
 
 class AdaptiveDispatcher:
     """Exchanges few tokens in fixed shapes, and many as many as are wanted where they are wanted."""
 
-    def __init__(self, group: dist.ProcessGroup, wire: Wire, few: int = FEW_TOKENS) -> None:
-        """Binds both exchanges to a process group; arguments as of ``AllToAllDispatcher``.
+    def __init__(self, group: dist.ProcessGroup, swap: Swap, wire: Wire, few: int | None = None) -> None:
+        """Binds both exchanges.
 
         Args:
             group: One rank of every expert-parallel group, in their order.
+            swap: Of the same ranks.
             wire: Counts what is sent.
-            few: Most tokens of a rank that are exchanged in fixed shapes; equal on all ranks.
+            few: Most tokens of a rank that are exchanged in fixed shapes, equal on all ranks; by default the swap's.
         """
-        self._few = few
-        self._equal = EqualDispatcher(group, wire)
+        self._few = swap.few_tokens if few is None else few
+        self._equal = EqualDispatcher(swap, wire)
         self._exact = AllToAllDispatcher(group, wire)
         self._chosen: Dispatcher = self._exact
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +16,8 @@ from meteora_dist.moe.dispatcher import AllToAllDispatcher, Dispatched, targets_
 from meteora_dist.moe.equal_exchange import AdaptiveDispatcher, EqualDispatcher
 from meteora_dist.moe.placement import Placement, contiguous
 from meteora_dist.moe.routing import NO_EXPERT
+from meteora_dist.moe.shared_swap import SharedSwap, quickest_swap
+from meteora_dist.moe.swap import GroupSwap
 from meteora_dist.moe.wire import Wire
 from tests.support.ranks import run_ranks
 
@@ -40,6 +44,16 @@ CASES = [
 ]
 
 
+class Answers(NamedTuple):
+    """What one case came to on one rank."""
+
+    exact: tuple[Tensor, ...]
+    equal: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...]
+    rows: int
+    counts: list[tuple[int, int]]
+
+
 def expert_of(rank: int, sent: Dispatched) -> tuple[Tensor, ...]:
     """Deltas that tell ranks, experts, linears and weights apart, in the dtype of the rows."""
     factors_MN = torch.where(sent.local_ids_MNK >= 0, sent.weights_MNK * (sent.local_ids_MNK + 2 + 10 * rank), 0).sum(
@@ -49,11 +63,14 @@ def expert_of(rank: int, sent: Dispatched) -> tuple[Tensor, ...]:
     return tuple((rows_MH * factors_MN[:, n : n + 1] * (n + 1)).to(sent.rows_MH.dtype) for n in range(LINEARS))
 
 
-def both_ways(rank: int) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]]:
-    """Of every case: the exact exchange's answer, the equal one's, and the rows the latter received."""
+def all_ways(rank: int) -> list[Answers]:
     group = dist.group.WORLD
     assert group is not None
-    exact, equal = AllToAllDispatcher(group, Wire()), EqualDispatcher(group, Wire())
+    quick = quickest_swap(group, timedelta(seconds=60))
+    assert isinstance(quick, SharedSwap)
+    wires = [Wire(), Wire()]
+    exact = AllToAllDispatcher(group, Wire())
+    equals = [EqualDispatcher(swap, wire) for swap, wire in zip((GroupSwap(group), quick), wires, strict=True)]
     answers = []
     for number, case in enumerate(CASES):
         generator = torch.Generator().manual_seed(10 * number + rank)
@@ -66,30 +83,31 @@ def both_ways(rank: int) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], i
         x_TH[(slots_TNK < 0).flatten(1).all(-1)] = torch.nan
         targets_DG = targets_of(case.placement, rank)
         found = []
-        for dispatcher in (exact, equal):
+        for dispatcher in (exact, *equals):
             dispatcher.expect(max(case.tokens))
             sent = dispatcher.dispatch(x_TH, slots_TNK, weights_TNK, targets_DG)
             assert not sent.rows_MH.isnan().any()
             assert (sent.weights_MNK[sent.local_ids_MNK < 0] == 0).all()
             found.append(dispatcher.combine(expert_of(rank, sent), sent.exchange))
-        answers.append((found[0], found[1], sent.rows_MH.shape[0]))
+        counts = [(wire.bytes(kind), wire.rows(kind)) for kind in ("dispatch", "combine") for wire in wires]
+        answers.append(Answers(*found, sent.rows_MH.shape[0], counts))
     return answers
 
 
 @pytest.fixture(scope="module")
-def answers() -> list[list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]]]:
-    return run_ranks(3, both_ways)
+def answers() -> list[list[Answers]]:
+    return run_ranks(3, all_ways)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_both_exchanges_bring_back_the_same(
-    answers: list[list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]]], number: int
-) -> None:
+def test_all_exchanges_bring_back_the_same(answers: list[list[Answers]], number: int) -> None:
     case = CASES[number]
     room = {1: 1, 8: 8, 7: 8, 6: 8, 4: 4}[max(case.tokens)]
     for rank, of_rank in enumerate(answers):
-        exact, equal, rows = of_rank[number]
+        exact, equal, shared, rows, (dispatch, same_dispatch, combine, same_combine) = of_rank[number]
         assert rows == 3 * room
+        assert (dispatch, combine) == (same_dispatch, same_combine)
+        assert all(map(torch.equal, equal, shared))
         for one, other in zip(exact, equal, strict=True):
             assert one.shape == other.shape == (case.tokens[rank], WIDTH)
             assert other.dtype == case.dtype
@@ -102,7 +120,7 @@ def _alone(rank: int) -> tuple[list[int], list[int], str]:
     group = dist.group.WORLD
     assert group is not None
     wire = Wire()
-    dispatcher = AdaptiveDispatcher(group, wire, few=4)
+    dispatcher = AdaptiveDispatcher(group, GroupSwap(group), wire, few=4)
     targets_DG = targets_of(contiguous(2, 1), 0)
     rows = []
 
