@@ -48,6 +48,7 @@ def chaos(
         "ep": ep,
         "kv_cache_tokens": kv_cache_tokens,
         "standby": standby,
+        "access": "open",
     }
     plan = ChaosPlan(tuple(kinds), injections, callers, tokens, seed=seed)  # type: ignore[arg-type]  # checked above
     with Console(stderr=True).status("starting the service") as status:
