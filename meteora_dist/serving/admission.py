@@ -23,16 +23,16 @@ class Ticket:
         cost: Most tokens it may come to.
         places: Generations it runs at once.
         decided: Called once, when the ticket becomes live or is refused.
+        spent: Tokens it has come to; what is less than ``cost`` when it ends is given back to its caller.
         state: Where it stands.
-        spent: Tokens it has come to in the end; what is less than ``cost`` is given back to its caller.
     """
 
     key: str
     cost: int
     places: int
     decided: Callable[[], None]
+    spent: int
     state: State = "waiting"
-    spent: int = 0
 
 
 class FairQueue:
@@ -85,7 +85,7 @@ class FairQueue:
             raise InvalidRequest(
                 f"this call asks for {places} answers, but this service generates {self._max_live} at once", "n"
             )
-        ticket = Ticket(key, cost, places, decided)
+        ticket = Ticket(key, cost, places, decided, spent=cost)
         self.check(key, places)
         if self._waits(places) and self.waiting >= self._max_waiting:
             self._refuse(self._displaced_by(key))

@@ -47,7 +47,9 @@ def service(ray_home: Path, tiny_base: Path, tiny_bank: Bank) -> Iterator[Endpoi
         ep=2,
         max_model_len=CONTEXT,
         kv_cache_tokens=8192,
+        access="open",
         max_live_requests=LIVE,
+        max_waiting_requests=0,
         rebuild_wait_s=120,
     )
     with running_service(config, free_port(), free_port()) as endpoints:
