@@ -36,8 +36,36 @@ class StaleGeneration(InvalidRequest):
     """A change that was meant for another generation of the bank than the newest."""
 
 
+class BodyTooLarge(InvalidRequest):
+    """A request has more bytes than this service reads."""
+
+
+class Unauthenticated(MeteoraError):
+    """A call without an API key, or with one that is not known."""
+
+
+class Forbidden(MeteoraError):
+    """A call that its API key does not allow."""
+
+
 class Overloaded(MeteoraError):
-    """The queue is full; the request was not started."""
+    """There is no room for the request; it was not started.
+
+    Attributes:
+        retry_after_s: Seconds after which trying again makes sense; None for what the service says in general.
+    """
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """The caller's API key has used up what it may."""
+
+
+class RequestExpired(MeteoraError):
+    """The request took longer than this service gives one."""
 
 
 class EngineUnavailable(MeteoraError):
@@ -61,6 +89,10 @@ class CheckpointError(MeteoraError):
 
     def __str__(self) -> str:
         return "{}: {}".format(*self.args)
+
+
+class KeysError(CheckpointError):
+    """A file of API keys that is missing or damaged."""
 
 
 class AdapterError(CheckpointError):

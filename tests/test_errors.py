@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meteora_dist.errors import BankError, ExpertNotFound, InvalidRequest, MeteoraError, Overloaded
+from meteora_dist.errors import BankError, ExpertNotFound, InvalidRequest, MeteoraError, Overloaded, RateLimited
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,7 @@ from meteora_dist.errors import BankError, ExpertNotFound, InvalidRequest, Meteo
         InvalidRequest("too hot", "temperature"),
         ExpertNotFound("no such expert", "model"),
         Overloaded("later"),
+        RateLimited("later", 3),
     ],
 )
 def test_errors_survive_pickling(error: MeteoraError) -> None:

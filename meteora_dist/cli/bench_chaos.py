@@ -55,6 +55,7 @@ def chaos(
         "standby": standby,
         "heartbeat_s": _HEARTBEAT_S,
         "heartbeat_timeout_s": heartbeat_timeout,
+        "access": "open",
     }
     plan = ChaosPlan(tuple(kinds), injections, callers, tokens, seed=seed)  # type: ignore[arg-type]  # checked above
     with Console(stderr=True).status("starting the service") as status:

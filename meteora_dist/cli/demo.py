@@ -24,9 +24,9 @@ from meteora_dist.cli.demo_questions import Question, read_questions
 from meteora_dist.cli.demo_replies import AskFailed
 from meteora_dist.cli.demo_transports import Client, connected
 from meteora_dist.cli.fetch_demo import StepProgress
-from meteora_dist.engine.config import EngineConfig
 from meteora_dist.errors import BankError, EngineUnavailable, MeteoraError
 from meteora_dist.model.demo_model import damage, demo_model_dir, fetch
+from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.local import Endpoints, running_service
 
 DATA = Path("examples/data")
@@ -110,7 +110,7 @@ def _demo(console: Console, bank: Path) -> tuple[str, bool]:
     if damage(demo_model_dir()) is not None:
         with StepProgress(console) as report:
             fetch(report)
-    config = EngineConfig(model=demo_model_dir(), bank=bank, ep=RANKS, kv_cache_tokens=_KV_CACHE_TOKENS)
+    config = ServiceConfig(model=demo_model_dir(), bank=bank, ep=RANKS, kv_cache_tokens=_KV_CACHE_TOKENS, access="open")
     http_port, grpc_port = free_ports(2)
     with Activity(console) as activity:
         activity.begin(f"Starting Ray and {RANKS} ranks with {bank}, {len(experts)} experts")

@@ -40,6 +40,7 @@ COMMANDS = (
     Command(("fetch-demo",), "meteora_dist.cli.fetch_demo", "command", "Fetch and convert the demo's base model."),
     Command(("demo",), "meteora_dist.cli.demo", "command", "Serve the demo bank from two ranks and question it."),
     Command(("serve",), "meteora_dist.cli.serve", "command", "Serve a bank over HTTP and gRPC, and stay up."),
+    Command(("keys", "new"), "meteora_dist.cli.keys", "new", "Make an API key and its entry for the keys file."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
     Command(("bench", "decode"), "meteora_dist.cli.bench", "decode", "Measure tokens per second of decoding."),
     Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
@@ -49,7 +50,10 @@ COMMANDS = (
     ),
 )
 
-GROUPS = {"bench": "Measure how fast it is, how much it holds and what it survives."}
+GROUPS = {
+    "bench": "Measure how fast it is, how much it holds and what it survives.",
+    "keys": "API keys of the service's callers.",
+}
 
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from meteora_dist.model.demo_model import demo_model_dir
 from meteora_dist.serving.app import parse_config
 from meteora_dist.serving.config_file import ServeFile, read_serve_file
-from meteora_dist.serving.local import Endpoints, running_service
+from meteora_dist.serving.local import Endpoints, drain, running_service
 
 DEMO_BANK = Path("examples/bank")
 
@@ -23,39 +24,65 @@ def command(
     ep: Annotated[int | None, typer.Option(help="Ranks; each owns its share of the experts. [default: 1]")] = None,
     http_port: Annotated[int | None, typer.Option(help="Where HTTP answers. [default: 8000]")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Where gRPC answers. [default: 9000]")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys; see `meteora keys new`. [default: everybody may call]")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A serve_config.yaml; other options override it.")] = None,
 ) -> None:
     """Serve a bank over HTTP and gRPC on a local Ray, and stay up until Ctrl-C.
 
+    SIGTERM lets what is under way come to its end first, for as long as the configuration's drain_s.
+
     On a cluster, deploy a configuration file with `serve deploy` instead.
     """
-    overrides = {"model": model, "bank": bank, "ep": ep}
+    overrides = {"model": model, "bank": bank, "ep": ep, "keys_file": keys, "access": "keys" if keys else None}
     settings = _settings(config, {name: value for name, value in overrides.items() if value is not None})
     http, grpc = http_port or settings.http_port, grpc_port or settings.grpc_port
     console = Console()
     # A service manager ends us with SIGTERM; both ways have to clean up.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     progress = console.status(f"starting {settings.service.mesh.size} rank(s) with {settings.service.bank}")
     progress.start()
     try:
-        with running_service(settings.service, http, grpc) as endpoints:
+        with running_service(settings.service, http, grpc, tls=settings.tls) as endpoints:
             progress.stop()
-            _announce(console, endpoints)
-            signal.pause()
+            _announce(console, endpoints, settings.service.access)
+            _stay(console, settings.service.drain_s)
     except KeyboardInterrupt:
         console.print("stopped")
     finally:
         progress.stop()
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _stay(console: Console, drain_s: float) -> None:
+    """Waits for a signal, and after SIGTERM for the calls under way as well; a second signal ends that too."""
+    try:
+        signal.pause()
+    except _Terminated:
+        console.print(f"finishing what is under way, for {drain_s:g} s at most")
+        if not drain(drain_s):
+            console.print("some calls were not done in time, and are cut off")
+
+
 def _settings(config: Path | None, overrides: dict[str, Any]) -> ServeFile:
     if config is None:
-        return ServeFile(parse_config({"model": demo_model_dir(), "bank": DEMO_BANK, **overrides}), 8000, 9000)
+        defaults = {"model": demo_model_dir(), "bank": DEMO_BANK, "access": "open"}
+        return ServeFile(parse_config(defaults | overrides), 8000, 9000)
     file = read_serve_file(config)
-    return ServeFile(parse_config(file.service.model_dump() | overrides), file.http_port, file.grpc_port)
+    return replace(file, service=parse_config(file.service.model_dump() | overrides))
 
 
-def _announce(console: Console, endpoints: Endpoints) -> None:
+def _announce(console: Console, endpoints: Endpoints, access: str) -> None:
     console.print(f"HTTP  {endpoints.http}/v1", highlight=False)
     console.print(f"gRPC  {endpoints.grpc}", highlight=False)
+    if access == "open":
+        console.print("access is open: no API key is needed, and gRPC listens on every interface")
     console.print("ready; Ctrl-C ends it")

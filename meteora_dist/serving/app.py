@@ -9,14 +9,16 @@ from ray import serve
 from ray.serve import Application
 
 from meteora_cluster.placement import world_bundles
+from meteora_dist.config import faults
 from meteora_dist.errors import InvalidRequest
-from meteora_dist.serving.config import ServiceConfig, faults
+from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.server import Server
 
 DEPLOYMENT = "meteora"
 
 _HEALTH_CHECK_S = 2.0
-_DRAIN_S = 30.0
+_SPARE_CALLS = 512
+"""Calls that may come in beside those that generate or wait: they are refused by us, at once, and not by Serve."""
 _START_TRIES = 2
 
 
@@ -42,9 +44,9 @@ def application(config: ServiceConfig, server: type[Server] = Server) -> Applica
         placement_group_bundles=world_bundles(config.mesh.size, config.rank, config.replica),
         placement_group_strategy="PACK",
         # Our own limit answers first, with an error both protocols understand; health checks never wait behind it.
-        max_ongoing_requests=2 * config.max_live_requests + 16,
+        max_ongoing_requests=config.max_live_requests + config.max_waiting_requests + _SPARE_CALLS,
         health_check_period_s=_HEALTH_CHECK_S,
-        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_timeout_s=config.drain_s,
         max_constructor_retry_count=_START_TRIES,
     )
     bound: Application = deployment.bind(config)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 from meteora_dist.bank import BankManifest
 from meteora_dist.errors import ExpertNotFound
 from meteora_dist.moe.routing import BASE, RoutingChoice
+from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.selection import CHOOSING, Selection
 
 
@@ -32,15 +33,11 @@ class Catalog:
         return (*CHOOSING, *self.experts)
 
     def routing(self, selection: Selection) -> RoutingChoice:
-        """The routing a selection stands for; that of ``auto-sequence`` is how its vote is routed.
-
-        Raises:
-            ExpertNotFound: An expert is not served; the message lists those that are.
-        """
+        """The routing a selection of served experts stands for; that of ``auto-sequence`` is how its vote is routed."""
         if selection.mode == "base":
             return BASE
         if selection.experts:
-            return RoutingChoice("fixed", experts=tuple((self._index(name), w) for name, w in selection.experts))
+            return RoutingChoice("fixed", experts=tuple((self.experts.index(name), w) for name, w in selection.experts))
         defaults = self.manifest.routing
         return RoutingChoice(
             mode="auto",
@@ -48,16 +45,19 @@ class Catalog:
             temperature=selection.temperature or defaults.temperature,
         )
 
-    def check(self, model: str) -> None:
-        """Raises ExpertNotFound for a model that is not listed."""
-        if model not in self.models:
-            self._missing(model)
+    def models_of(self, caller: Caller) -> tuple[str, ...]:
+        """Every name a request of this caller may use."""
+        return tuple(model for model in self.models if caller.may_use(model))
 
-    def _index(self, expert: str) -> int:
-        if expert not in self.experts:
-            self._missing(expert)
-        return self.experts.index(expert)
+    def check(self, models: Sequence[str], caller: Caller) -> None:
+        """Checks names that a caller gives.
 
-    def _missing(self, model: str) -> NoReturn:
-        message = f"there is no model {model!r} here; served are {', '.join(self.models)}"
-        raise ExpertNotFound(message, "model")
+        Raises:
+            Forbidden: The caller may not use one of them.
+            ExpertNotFound: One is not served; the message lists those that are, and that the caller may use.
+        """
+        caller.demand(*models)
+        for model in models:
+            if model not in self.models:
+                served = ", ".join(self.models_of(caller))
+                raise ExpertNotFound(f"there is no model {model!r} here; served are {served}", "model")

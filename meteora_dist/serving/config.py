@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from meteora_cluster.heartbeat import Heartbeat
 from meteora_cluster.placement import Resources
 from meteora_dist.engine.config import EngineConfig, expanded
+from meteora_dist.serving.limits import MIB, Limits
 
 STARTING_ANSWER_S = 30.0
 """Seconds a rank gets to answer while it starts: imports of large libraries may hold up everything else in it."""
@@ -19,7 +21,20 @@ class ServiceConfig(EngineConfig):
     """One replica of the service: its engine, its share of the machine, its limits. These are the ``args`` in YAML.
 
     Attributes:
-        max_live_requests: Requests under way at once, waiting ones included; one more is refused as overload.
+        access: ``keys`` lets in callers with an API key of the keys file; ``open`` everybody, under no limit but those
+            below. Administration needs the key of an administrator either way.
+        keys_file: The keys file; None for the one that the environment variable ``METEORA_KEYS_FILE`` names.
+        max_live_requests: Requests that generate at once.
+        max_waiting_requests: Requests that wait for one of those places; one more is refused as overload, at once.
+        max_prompt_tokens: Most tokens of a prompt; None for as many as fit into the context.
+        max_answer_tokens: Most tokens a request may ask for, and those it gets when it does not say; None for as many
+            as fit into the context.
+        max_stops: Most stop texts of a request.
+        max_stop_chars: Most characters of a stop text.
+        max_body_bytes: Most bytes of an HTTP body or a gRPC message.
+        max_request_s: Seconds a request gets, waiting included; a stream that takes longer ends with an error. Below
+            ``request_timeout_s`` of the Serve configuration, whose proxy otherwise cuts it off without one.
+        drain_s: Seconds that calls under way get to end when their replica is stopped.
         replica_cpus: CPUs reserved for the replica, which speaks HTTP and gRPC and tokenizes.
         rank_cpus: CPUs reserved for each rank.
         rank_gpus: GPUs reserved for each rank.
@@ -40,7 +55,17 @@ class ServiceConfig(EngineConfig):
             generation shares unchanged files with the bank by hard links. It belongs to one replica.
     """
 
+    access: Literal["keys", "open"] = "keys"
+    keys_file: Path | None = None
     max_live_requests: PositiveInt = 128
+    max_waiting_requests: NonNegativeInt = 128
+    max_prompt_tokens: PositiveInt | None = None
+    max_answer_tokens: PositiveInt | None = None
+    max_stops: NonNegativeInt = 4
+    max_stop_chars: PositiveInt = 256
+    max_body_bytes: PositiveInt = 4 * MIB
+    max_request_s: PositiveFloat = 570.0
+    drain_s: PositiveFloat = 30.0
     replica_cpus: NonNegativeFloat = 0.2
     rank_cpus: NonNegativeFloat = 0.8
     rank_gpus: NonNegativeFloat = 0.0
@@ -59,7 +84,7 @@ class ServiceConfig(EngineConfig):
         # Ray's workers may run in another folder than the one the path was written for.
         return path.absolute()
 
-    @field_validator("generations")
+    @field_validator("generations", "keys_file")
     @classmethod
     def _place(cls, path: Path | None) -> Path | None:
         return None if path is None else expanded(path).absolute()
@@ -70,10 +95,10 @@ class ServiceConfig(EngineConfig):
             raise ValueError("standby is for ranks without GPUs: Ray gives a GPU to one process at a time")
         return self
 
-    @classmethod
-    def around(cls, engine: EngineConfig) -> ServiceConfig:
-        """A service with default limits around an engine; a service's own configuration stays as it is."""
-        return engine if isinstance(engine, cls) else cls.model_validate(engine.model_dump())
+    @property
+    def limits(self) -> Limits:
+        """What bounds requests."""
+        return Limits(**{limit.name: getattr(self, limit.name) for limit in dataclasses.fields(Limits)})
 
     @property
     def heartbeat(self) -> Heartbeat:
@@ -99,8 +124,3 @@ class ServiceConfig(EngineConfig):
     def replica(self) -> Resources:
         """What the replica itself reserves."""
         return Resources(self.replica_cpus)
-
-
-def faults(error: ValidationError) -> str:
-    """Every field at fault with what is wrong with it, in one line."""
-    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())

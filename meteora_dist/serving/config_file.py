@@ -17,9 +17,11 @@ from ray.serve.schema import (
     gRPCOptionsSchema,
 )
 
+from meteora_dist.config import faults
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.app import parse_config
-from meteora_dist.serving.config import ServiceConfig, faults
+from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.local import Tls
 
 IMPORT_PATH = "meteora_dist.serving.app:build"
 
@@ -32,11 +34,13 @@ class ServeFile:
         service: Args of its application.
         http_port: Where HTTP answers.
         grpc_port: Where gRPC answers.
+        tls: What HTTP is encrypted with, if it is.
     """
 
     service: ServiceConfig
     http_port: int
     grpc_port: int
+    tls: Tls | None = None
 
 
 def read_serve_file(path: Path) -> ServeFile:
@@ -59,7 +63,9 @@ def read_serve_file(path: Path) -> ServeFile:
         raise InvalidRequest(f"{path}: must have one application, with import_path {IMPORT_PATH}")
     args = ours[0].args
     service = parse_config(args if isinstance(args, dict) else args.model_dump())
-    return ServeFile(service, schema.http_options.port, schema.grpc_options.port)
+    http = schema.http_options
+    tls = Tls(Path(http.ssl_certfile), Path(http.ssl_keyfile)) if http.ssl_certfile and http.ssl_keyfile else None
+    return ServeFile(service, http.port, schema.grpc_options.port, tls)
 
 
 def unknown_keys(content: Mapping[str, Any]) -> Iterator[str]:

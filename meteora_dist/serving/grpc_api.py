@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import Message
 
 from meteora_dist.engine.request import Sampling
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.json_grammar import json_grammar
+from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
 from meteora_dist.serving.request import (
     Answer,
@@ -56,6 +58,9 @@ class GrpcContext(Protocol):
     def set_details(self, details: str) -> None:
         """Sets the message."""
 
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        """What the caller sent beside the message."""
+
 
 class CallFailed(Exception):
     """Ends a call whose status and message are set."""
@@ -72,8 +77,8 @@ class GrpcMethods:
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: GrpcContext) -> pb.GenerateResponse:
         """Answers in one message."""
-        with _status(grpc_context):
-            prepared = await self.service.prepare(text_request(request))
+        with self._call(request, grpc_context) as caller:
+            prepared = await self.service.prepare(text_request(request), caller)
             async with aclosing(self.service.pieces(prepared)) as pieces:
                 answers = await collect(pieces, len(prepared.answers))
             usage = usage_of(tuple(answer.ending for answer in answers), prepared.asked.n)
@@ -88,8 +93,8 @@ class GrpcMethods:
         self, request: pb.GenerateRequest, grpc_context: GrpcContext
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Answers piece by piece."""
-        with _status(grpc_context):
-            prepared = await self.service.prepare(text_request(request))
+        with self._call(request, grpc_context) as caller:
+            prepared = await self.service.prepare(text_request(request), caller)
             endings: dict[int, Ending] = {}
             async with aclosing(self.service.pieces(prepared)) as pieces:
                 async for piece in pieces:
@@ -107,11 +112,12 @@ class GrpcMethods:
 
     async def ListExperts(self, request: pb.ListExpertsRequest, grpc_context: GrpcContext) -> pb.ListExpertsResponse:
         """Lists the experts."""
-        with _status(grpc_context):
+        with self._call(request, grpc_context) as caller:
             manifest = self.service.catalog.manifest
             experts = [
                 pb.Expert(name=expert.name, rank=expert.rank, alpha=expert.alpha, rslora=expert.rslora)
                 for expert in manifest.experts
+                if caller.may_use(expert.name)
             ]
             return pb.ListExpertsResponse(
                 base_model=manifest.base_model,
@@ -119,6 +125,13 @@ class GrpcMethods:
                 default_top_k=manifest.routing.top_k,
                 default_temperature=manifest.routing.temperature,
             )
+
+    @contextmanager
+    def _call(self, request: Message, context: GrpcContext) -> Iterator[Caller]:
+        """One call: yields who calls, once gate and size allow it; errors set the status and raise CallFailed."""
+        with _status(context), self.service.gate.enter(_authorization(context)) as caller:
+            self.service.limits.check_size(request.ByteSize())
+            yield caller
 
 
 def text_request(message: pb.GenerateRequest) -> TextRequest:
@@ -190,6 +203,10 @@ def _prompts(message: pb.GenerateRequest) -> tuple[Prompt, ...]:
         if turn.role not in _ROLES:
             raise InvalidRequest(f"role {turn.role!r} must be one of {', '.join(_ROLES)}", "chat.messages")
     return (tuple(Turn(turn.role, turn.content) for turn in message.chat.messages),)
+
+
+def _authorization(context: GrpcContext) -> str | None:
+    return next((value for key, value in context.invocation_metadata() if key == "authorization"), None)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 
 from meteora_dist import __version__
 from meteora_dist.errors import MeteoraError
+from meteora_dist.serving.http_guard import Guard, caller_of, failure_response
+from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
 from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
 from meteora_dist.serving.request import Ending, Piece, collect, usage_of
@@ -27,25 +29,30 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def create_api(service: TextService) -> FastAPI:
-    """The application: every answer is JSON or a stream of server-sent events, every error an OpenAI error object."""
+    """The application: every answer is JSON or a stream of server-sent events, every error an OpenAI error object.
+
+    Everything but ``/healthz`` lies behind the service's gate.
+    """
     api = FastAPI(title="meteora", version=__version__, docs_url=None, redoc_url=None)
+    api.add_middleware(Guard, gate=service.gate, limits=service.limits)
     started = int(time())
 
     @api.post("/v1/completions", openapi_extra=_body(CompletionBody))
     async def completions(request: Request) -> Response:
-        return await _answer(service, parse(CompletionBody, await request.body()))
+        return await _answer(service, caller_of(request), parse(CompletionBody, await request.body()))
 
     @api.post("/v1/chat/completions", openapi_extra=_body(ChatBody))
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, parse(ChatBody, await request.body()))
+        return await _answer(service, caller_of(request), parse(ChatBody, await request.body()))
 
     @api.get("/v1/models")
-    async def models() -> Json:
-        return {"object": "list", "data": [_model(name, started) for name in service.catalog.models]}
+    async def models(request: Request) -> Json:
+        names = service.catalog.models_of(caller_of(request))
+        return {"object": "list", "data": [_model(name, started) for name in names]}
 
     @api.get("/v1/models/{name}")
-    async def model(name: str) -> Json:
-        service.catalog.check(name)
+    async def model(name: str, request: Request) -> Json:
+        service.catalog.check([name], caller_of(request))
         return _model(name, started)
 
     @api.get("/healthz")
@@ -59,8 +66,8 @@ def create_api(service: TextService) -> FastAPI:
     return api
 
 
-async def _answer(service: TextService, body: CompletionBody | ChatBody) -> Response:
-    prepared = await service.prepare(body.to_request())
+async def _answer(service: TextService, caller: Caller, body: CompletionBody | ChatBody) -> Response:
+    prepared = await service.prepare(body.to_request(), caller)
     reply = Reply(prepared, isinstance(body, ChatBody), body.include_usage)
     pieces = service.pieces(prepared)
     if not body.stream:
@@ -116,8 +123,7 @@ def _failure(error: Exception) -> Failure:
 
 
 async def _on_error(_: Request, error: Exception) -> Response:
-    failure = _failure(error)
-    return JSONResponse(failure.body(), failure.status.http, failure.headers())
+    return failure_response(_failure(error))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

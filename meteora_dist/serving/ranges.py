@@ -8,7 +8,6 @@ from meteora_dist.engine.request import Sampling
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.request import TextRequest, TokenIds
 
-MAX_STOPS = 4
 MAX_TEMPERATURE = 2.0
 MAX_TOP_LOGPROBS = 20
 MAX_ANSWERS = 32
@@ -23,7 +22,6 @@ def check_ranges(request: TextRequest) -> None:
     _check_answers(request)
     seed = request.seed
     _demand(seed is None or -(2**63) <= seed < 2**63, "seed", seed, "a 64-bit integer")
-    _demand(len(request.stop) <= MAX_STOPS, "stop", f"{len(request.stop)} texts", f"at most {MAX_STOPS}")
     _demand(all(request.stop), "stop", "an empty text", "a text that can appear in the answer")
     top = request.top_logprobs
     _demand(top is None or 0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", top, f"between 0 and {MAX_TOP_LOGPROBS}")

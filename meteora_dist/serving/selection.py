@@ -41,6 +41,11 @@ class Selection:
     top_k: int | None = None
     temperature: float | None = None
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names a caller must be allowed to use: the experts, or the mode that needs none."""
+        return tuple(name for name, _ in self.experts) or (self.mode,)
+
 
 def select(
     model: str,

@@ -14,6 +14,7 @@ from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.experts import ExpertAdmin
+from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.generations import Generations
 from meteora_dist.serving.grpc_api import GrpcMethods
 from meteora_dist.serving.http_api import create_api
@@ -40,17 +41,17 @@ class Server(GrpcMethods):
             config: The service's configuration. Its ranks live in this process's placement group when it has one.
 
         Raises:
-            CheckpointError: The model or the bank cannot be used.
+            InvalidRequest: There are no API keys, though the configuration demands them.
+            CheckpointError: The model, the bank or the keys file cannot be used.
             ClusterError: The ranks could not be placed or did not start.
         """
+        gate = Gate.of(config)
         bank, tokenizer = await asyncio.to_thread(open_model, config)
         generations = Generations(config.bank, config.generations_folder)
         await asyncio.to_thread(generations.tidy)
         residency = Residency.of(bank, config.ep)
         self._world = await World.launch(config, residency, get_current_placement_group(), self.member)
-        self.service = TextService(
-            self._world, tokenizer, Catalog(bank.manifest), config.max_model_len, config.max_live_requests
-        )
+        self.service = TextService(self._world, tokenizer, Catalog(bank.manifest), config.limits, gate)
         self.experts = ExpertAdmin(self._world, self.service, generations, bank)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -61,6 +62,13 @@ class Server(GrpcMethods):
         """Raises when lost ranks could not be rebuilt, with the cause: Serve then replaces this replica."""
         if self._world.failure is not None:
             raise EngineUnavailable(self._world.failure)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new calls, and waits for those under way; whether all ended in time.
+
+        For who stops the whole service at once: Serve itself waits when it stops a replica, and sends it no calls.
+        """
+        return await self.service.gate.drain(timeout_s)
 
 
 def open_model(config: ServiceConfig) -> tuple[Bank, TextTokenizer]:

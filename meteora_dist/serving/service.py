@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from random import SystemRandom
 from time import time
-from typing import Protocol
+from typing import Protocol, TypeVar
 from uuid import uuid4
 
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
-from meteora_dist.errors import InvalidRequest, Overloaded, PromptTooLong
+from meteora_dist.errors import InvalidRequest, PromptTooLong, RequestExpired
 from meteora_dist.moe.routing import named
+from meteora_dist.serving.admission import Admission
 from meteora_dist.serving.catalog import Catalog
+from meteora_dist.serving.gate import Gate
+from meteora_dist.serving.keys import Caller
+from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.merge import merged
 from meteora_dist.serving.ranges import check_ranges
 from meteora_dist.serving.request import Piece, Prompt, TextRequest
@@ -23,6 +27,8 @@ from meteora_dist.serving.transcript import Transcript
 
 _SEED_STEP = 0x9E37_79B9_7F4A_7C15
 """Seeds of a prompt's answers lie so far apart that no draw of one is a draw of another."""
+
+Step = TypeVar("Step")
 
 
 class Engine(Protocol):
@@ -45,15 +51,29 @@ class Prepared:
     Attributes:
         id: Of the call, unique.
         asked: As it came.
+        caller: Whose it is.
         answers: What the engine is asked for, by the answers' indices, but for bank generation and routing: those are
             chosen when the call starts.
         created: When, in seconds of the Unix epoch.
+        expires: When it must have ended, in seconds of the event loop's clock.
     """
 
     id: str
     asked: TextRequest
+    caller: Caller
     answers: tuple[GenerationRequest, ...]
     created: int
+    expires: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the engine reads for all answers."""
+        return sum(len(answer.prompt_ids) for answer in self.answers)
+
+    @property
+    def cost(self) -> int:
+        """Most tokens that all answers may come to, prompts included."""
+        return self.prompt_tokens + sum(answer.max_tokens for answer in self.answers)
 
 
 class TextService:
@@ -61,32 +81,39 @@ class TextService:
 
     Attributes:
         catalog: The served models: those of the bank generation that calls start with, replaced when it is.
+        limits: What a request may ask for.
+        gate: What calls pass before they come here.
+        admission: Where they wait for the engine.
     """
 
-    def __init__(
-        self, engine: Engine, tokenizer: TextTokenizer, catalog: Catalog, max_model_len: int, max_live_requests: int
-    ) -> None:
+    def __init__(self, engine: Engine, tokenizer: TextTokenizer, catalog: Catalog, limits: Limits, gate: Gate) -> None:
         self.catalog = catalog
+        self.limits = limits
+        self.gate = gate
+        self.admission = Admission(limits.max_live_requests, limits.max_waiting_requests)
         self._engine = engine
         self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._max_live = max_live_requests
-        self._live = 0
 
     def check(self) -> None:
         """Raises EngineUnavailable when no request can be answered."""
         self._engine.check()
 
-    async def prepare(self, request: TextRequest) -> Prepared:
+    async def prepare(self, request: TextRequest, caller: Caller) -> Prepared:
         """Checks and tokenizes a call.
 
         Raises:
             InvalidRequest: A field is out of range, or a prompt has no tokens.
+            Forbidden: The caller may not use its model.
             ExpertNotFound: Its model is not served.
+            Overloaded: Too many calls wait already.
             PromptTooLong: A prompt and its answer do not fit into the context.
         """
         check_ranges(request)
-        self.catalog.routing(request.selection)
+        self.limits.check(request)
+        self.catalog.check(request.selection.models, caller)
+        # Tokenizing a long prompt is work as well: not for a call that would be refused after it.
+        self.admission.check(caller.name, len(request.prompts) * request.n)
+        expires = asyncio.get_running_loop().time() + self.limits.max_request_s
         # A long prompt must not hold up the streams of others.
         prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(prompt) for prompt in request.prompts])
         rooms = [self._room(request, prompt, len(ids)) for prompt, ids in zip(request.prompts, prompts, strict=True)]
@@ -106,7 +133,7 @@ class TextService:
             for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True))
             for answer in range(request.n)
         )
-        return Prepared(call, request, answers, int(time()))
+        return Prepared(call, request, caller, answers, int(time()), expires)
 
     async def pieces(self, prepared: Prepared) -> AsyncGenerator[Piece, None]:
         """Generates all answers; the last piece of each has its ending. Closing the generator cancels them.
@@ -115,31 +142,40 @@ class TextService:
 
         Raises:
             ExpertNotFound: An expert has left since the call was prepared; raised before the first piece.
-            Overloaded: Too many requests are under way; raised before the first piece.
+            Overloaded: Too many calls wait already; raised before the first piece.
+            RequestExpired: It has taken too long.
             EngineUnavailable: The engine is gone; may be raised between pieces.
         """
-        catalog = self.catalog
-        with self._admitted(len(prepared.answers)), self._engine.using(catalog.manifest.generation):
-            answers = await self._decided(prepared, catalog)
+        place = self.admission.admitted(prepared.caller.name, prepared.cost, len(prepared.answers))
+        async with AsyncExitStack() as stack:
+            ticket = await self._in_time(prepared, stack.enter_async_context(place))
+            ticket.spent = prepared.prompt_tokens
+            catalog = self.catalog
+            stack.enter_context(self._engine.using(catalog.manifest.generation))
+            answers = await self._in_time(prepared, self._decided(prepared, catalog))
             streams = [self._answer(prepared, catalog, index, answer) for index, answer in enumerate(answers)]
-            async with aclosing(merged(streams)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            async for piece in await stack.enter_async_context(aclosing(merged(streams))):
+                ticket.spent += 1
+                yield piece
 
-    @contextmanager
-    def _admitted(self, answers: int) -> Iterator[None]:
-        if self._live + answers > self._max_live:
-            raise Overloaded(
-                f"{self._live} answers are under way, and this service takes at most {self._max_live}: try again"
-            )
-        self._live += answers
+    async def _in_time(self, prepared: Prepared, step: Awaitable[Step]) -> Step:
+        """One step of a call; raises RequestExpired when its time is over before the step is."""
         try:
-            yield
-        finally:
-            self._live -= answers
+            # Step by step: what asks for the pieces may go on in another task than it began in.
+            async with asyncio.timeout_at(prepared.expires) as limit:
+                return await step
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise RequestExpired(
+                f"this request was not done within {self.limits.max_request_s:g} s, which is the most this service "
+                "gives one"
+            ) from None
 
     async def _decided(self, prepared: Prepared, catalog: Catalog) -> list[GenerationRequest]:
         """The answers' requests; under ``auto-sequence`` with the expert that each prompt has voted for."""
+        # An expert may have left while the call waited.
+        catalog.check(prepared.asked.selection.models, prepared.caller)
         routing, generation = catalog.routing(prepared.asked.selection), catalog.manifest.generation
         answers = [replace(answer, routing=routing, generation=generation) for answer in prepared.answers]
         if prepared.asked.selection.mode != "auto-sequence":
@@ -168,10 +204,13 @@ class TextService:
     async def _answer(
         self, prepared: Prepared, catalog: Catalog, index: int, request: GenerationRequest
     ) -> AsyncGenerator[Piece, None]:
-        transcript = Transcript(request, self._tokenizer, prepared.asked.stop, catalog.experts, index)
+        seen = [number for number, expert in enumerate(catalog.experts) if prepared.caller.sees(expert)]
+        names = tuple(catalog.experts[number] for number in seen)
+        transcript = Transcript(request, self._tokenizer, prepared.asked.stop, names, index)
         async with aclosing(self._engine.generate(request)) as events:
-            async for event in events:
-                piece = transcript.push(event)
+            while True:
+                event = await self._in_time(prepared, anext(events))
+                piece = transcript.push(_shown(event, seen))
                 yield piece
                 if piece.ending is not None:
                     return
@@ -180,11 +219,23 @@ class TextService:
         param = "messages" if isinstance(prompt, tuple) else "prompt"
         if prompt_tokens == 0:
             raise InvalidRequest(f"{param} has no tokens: there is nothing to continue", param)
+        most, context = self.limits.max_prompt_tokens, self.limits.max_model_len
+        if most is not None and prompt_tokens > most:
+            raise PromptTooLong(f"{param} has {prompt_tokens} tokens, but may have {most} at most", param)
         wanted = 1 if request.max_tokens is None else request.max_tokens
-        if prompt_tokens + wanted > self._max_model_len:
+        if prompt_tokens + wanted > context:
             raise PromptTooLong(
-                f"the context holds {self._max_model_len} tokens, but this request needs {prompt_tokens + wanted}: "
+                f"the context holds {context} tokens, but this request needs {prompt_tokens + wanted}: "
                 f"{prompt_tokens} of the prompt and {wanted} of the answer",
                 param,
             )
-        return self._max_model_len - prompt_tokens if request.max_tokens is None else request.max_tokens
+        if request.max_tokens is not None:
+            return request.max_tokens
+        return min(context - prompt_tokens, self.limits.max_answer_tokens or context)
+
+
+def _shown(event: TokenEvent, experts: Sequence[int]) -> TokenEvent:
+    """The event with the shares of these experts alone."""
+    if event.shares is None or len(experts) == len(event.shares):
+        return event
+    return replace(event, shares=tuple(event.shares[expert] for expert in experts))

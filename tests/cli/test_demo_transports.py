@@ -17,8 +17,10 @@ from meteora_dist.cli.demo_transports import Client
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.evaluation.tasks import TaskRow
 from meteora_dist.serving.catalog import Catalog
+from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import GrpcMethods
 from meteora_dist.serving.http_api import create_api
+from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc import InferenceStub, add_InferenceServicer_to_server
 from meteora_dist.serving.request import Turn
 from meteora_dist.serving.service import TextService
@@ -39,7 +41,8 @@ def connect(tokenizer: TextTokenizer, tiny_bank: Bank) -> Connect:
 
     @asynccontextmanager
     async def connected(engine: ScriptedEngine) -> AsyncIterator[Client]:
-        service = TextService(engine, tokenizer, Catalog(tiny_bank.manifest), max_model_len=128, max_live_requests=8)
+        gate = Gate(None, anonymous=True)
+        service = TextService(engine, tokenizer, Catalog(tiny_bank.manifest), Limits(max_model_len=128), gate)
         methods = GrpcMethods()
         methods.service = service
         server = grpc.aio.server()

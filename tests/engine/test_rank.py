@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -142,18 +144,23 @@ async def test_what_is_left_of_a_request_produces_what_was_left(engine: RankEngi
                 assert event.shares == pytest.approx(expected.shares, abs=1e-5)
 
 
-async def test_closing_the_iterator_frees_the_cache(engine: RankEngine) -> None:
+async def test_closing_the_iterator_frees_the_cache_within_100_ms(engine: RankEngine) -> None:
+    await collect(engine, REQUESTS[0])
     processor = engine._manager.batch_processor
     assert processor is not None
-    stream = engine.generate(replace(REQUESTS[0], max_tokens=400, ignore_eos=True))
-    await anext(stream)
-    assert processor.scheduler.active_requests
-    await stream.aclose()
-    for _ in range(200):
-        if not processor.scheduler.active_requests:
-            break
-        await asyncio.sleep(0.01)
-    assert not processor.scheduler.active_requests
+    free, times = processor.cache.compute_free_capacity(), []
+    for number in range(5):
+        stream = engine.generate(replace(REQUESTS[0], request_id=f"c{number}", max_tokens=400, ignore_eos=True))
+        await anext(stream)
+        assert processor.scheduler.active_requests
+        assert processor.cache.compute_free_capacity() < free
+        closed = time.monotonic()
+        await stream.aclose()
+        async with asyncio.timeout(5):
+            while processor.scheduler.active_requests or processor.cache.compute_free_capacity() < free:
+                await asyncio.sleep(0.001)
+        times.append(time.monotonic() - closed)
+    assert median(times) < 0.1, times
     assert not engine._live
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meteora_dist.bank import Bank
 from meteora_dist.serving.catalog import Catalog
+from meteora_dist.serving.gate import Gate
+from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.scripted import ScriptedEngine
@@ -24,9 +27,11 @@ def tokenizer(tiny_base: Path) -> TextTokenizer:
 
 @pytest.fixture
 def make_service(tokenizer: TextTokenizer, tiny_bank: Bank) -> MakeService:
-    """Makes a service over a scripted engine: a context of 64 tokens, at most two live requests."""
+    """Makes a service over a scripted engine: a context of 64 tokens, two answers at once, none that waits, no keys."""
 
-    def make(engine: ScriptedEngine, live: int = 2) -> TextService:
-        return TextService(engine, tokenizer, Catalog(tiny_bank.manifest), max_model_len=64, max_live_requests=live)
+    def make(engine: ScriptedEngine, live: int = 2, gate: Gate | None = None, **limits: Any) -> TextService:
+        numbers = {"max_model_len": 64, "max_live_requests": live, "max_waiting_requests": 0} | limits
+        gate = gate or Gate(None, anonymous=True)
+        return TextService(engine, tokenizer, Catalog(tiny_bank.manifest), Limits(**numbers), gate)
 
     return make

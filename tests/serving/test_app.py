@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from meteora_dist.engine.config import EngineConfig
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.app import build
 from meteora_dist.serving.config import ServiceConfig
@@ -43,13 +42,6 @@ def test_paths_are_absolute_with_home_and_variables_filled_in(monkeypatch: pytes
     config = ServiceConfig(model=Path("~/model"), bank=Path("$BANKS/one"))
     assert (config.model, config.bank) == (Path("/home/me/model"), Path("/banks/one"))
     assert ServiceConfig(model=Path("model"), bank=Path("b")).model == tmp_path / "model"
-
-
-def test_a_service_around_an_engine_keeps_the_engines_settings() -> None:
-    engine = EngineConfig(model=Path("/m"), bank=Path("/b"), ep=2, max_model_len=99)
-    service = ServiceConfig.around(engine)
-    assert (service.mesh.size, service.max_model_len, service.max_live_requests) == (2, 99, 128)
-    assert ServiceConfig.around(service) is service
 
 
 def test_the_shipped_file_deploys_two_ranks_on_two_cpus() -> None:

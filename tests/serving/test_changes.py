@@ -21,7 +21,9 @@ from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.experts import ExpertAdmin
+from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.generations import NEWEST_FILE, Generations
+from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.server import open_model
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.tokenizer import TextTokenizer
@@ -80,7 +82,8 @@ class Setting:
     def __init__(self, world: World, tokenizer: TextTokenizer, configured: Path, folder: Path) -> None:
         bank = Bank.open(world.residency.folders[world.residency.roster.newest])
         self.world, self.folder, self.first = world, folder, bank.manifest.generation
-        self.service = TextService(world, tokenizer, Catalog(bank.manifest), 64, 8)
+        gate = Gate(None, anonymous=True)
+        self.service = TextService(world, tokenizer, Catalog(bank.manifest), Limits(64, max_live_requests=8), gate)
         self.generations = Generations(configured, folder)
         self.admin = ExpertAdmin(world, self.service, self.generations, bank)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -47,7 +49,9 @@ def service(ray_home: Path, tiny_base: Path, tiny_bank: Bank) -> Iterator[Endpoi
         ep=2,
         max_model_len=CONTEXT,
         kv_cache_tokens=8192,
+        access="open",
         max_live_requests=LIVE,
+        max_waiting_requests=0,
         rebuild_wait_s=120,
     )
     with running_service(config, free_port(), free_port()) as endpoints:
@@ -236,6 +240,62 @@ def test_callers_who_go_away_make_room(service: Endpoints, http: httpx.Client, s
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_huge_body_is_refused_quickly(announced: bool, service: Endpoints) -> None:
+    megabyte = b" " * 2**20
+    headers = {"Content-Length": str(100 * 2**20)} if announced else {}
+    before = _peak_mib()
+    began = time.monotonic()
+    with httpx.Client(base_url=service.http, timeout=60) as client:
+        got = client.post("/v1/completions", content=itertools.repeat(megabyte, 100), headers=headers)
+    assert (got.status_code, got.json()["error"]["code"]) == (413, "body_too_large")
+    assert time.monotonic() - began < 10
+    # Of a body that does not say how long it is, Serve's proxy has what came before our answer: any amount, in a test.
+    assert not announced or _peak_mib() - before < 30
+
+
+def test_a_huge_message_is_refused_by_the_proxy_itself(stub: InferenceStub) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Generate(pb.GenerateRequest(prompt="x" * (100 * 2**20)))
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in refused.value.details()
+
+
+def test_nothing_but_the_methods_of_the_proto_can_be_called(service: Endpoints) -> None:
+    with grpc.insecure_channel(service.grpc) as channel:
+        for path in (
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            "/meteora.v1.Inference/drain",
+            "/meteora.v1.Inference/__init__",
+            "/meteora.v1.Inference/check_health",
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary(path)(b"")
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED, path
+        garbage = channel.unary_unary("/meteora.v1.Inference/Generate")
+        with pytest.raises(grpc.RpcError) as refused:
+            garbage(b"\xff\xff\xff")
+        assert not any(word in refused.value.details() for word in ("Traceback", "site-packages", "pid="))
+
+
+def test_callers_cannot_talk_serve_out_of_hearing_them_leave(service: Endpoints, http: httpx.Client) -> None:
+    """Serve has a header that makes it deaf to disconnects; a stream is watched by the application as well."""
+    body = {"prompt": "Hi", "max_tokens": CONTEXT - 2, "stream": True, "temperature": 0}
+    with contextlib.ExitStack() as callers:
+        for _ in range(LIVE):
+            client = callers.enter_context(httpx.Client(base_url=service.http, timeout=60))
+            headers = {"x-request-disconnect-disabled": "?1", "x-request-timeout-seconds": "0"}
+            stream = callers.enter_context(client.stream("POST", "/v1/completions", json=body, headers=headers))
+            lines = stream.iter_lines()
+            next(lines)
+            callers.callback(lines.close)
+        assert http.post("/v1/completions", json={"prompt": "Hi"}).status_code == 429
+    left = time.monotonic()
+    while http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 1}).status_code == 429:
+        assert time.monotonic() - left < 3
+        time.sleep(0.05)
+
+
 def test_a_lost_rank_is_a_pause(http: httpx.Client, stub: InferenceStub) -> None:
     long: dict[str, Any] = {"max_tokens": 150, "temperature": 1.0, "seed": 8}
     undisturbed = greedy(http, "auto", **long)
@@ -269,6 +329,15 @@ def _rank_pids() -> list[int]:
     psutil = import_module("psutil")
     processes = psutil.Process().children(recursive=True)
     return [process.pid for process in processes if any("ray::RankActor" in word for word in process.cmdline())]
+
+
+def _peak_mib() -> float:
+    """The most memory that proxy and replica have had."""
+    processes = import_module("psutil").Process().children(recursive=True)
+    named = [p.pid for p in processes if any(n in " ".join(p.cmdline()) for n in ("ProxyActor", "ServeReplica"))]
+    assert len(named) == 2, named
+    peaks = [re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()) for pid in named]
+    return sum(int(peak[1]) for peak in peaks if peak) / 1024
 
 
 def _await_health(http: httpx.Client, status: int) -> None:

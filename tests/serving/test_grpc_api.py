@@ -21,8 +21,9 @@ from tests.serving.scripted import ScriptedEngine, says
 
 @dataclass
 class Context:
-    """Remembers the status."""
+    """Remembers the status; has an API key, or none."""
 
+    key: str | None = None
     code: grpc.StatusCode | None = None
     details: str = ""
 
@@ -31,6 +32,9 @@ class Context:
 
     def set_details(self, details: str) -> None:
         self.details = details
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return [] if self.key is None else [("authorization", f"Bearer {self.key}")]
 
 
 def methods(make_service: MakeService, engine: ScriptedEngine) -> GrpcMethods:

@@ -20,7 +20,10 @@ from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.experts import ExpertAdmin
+from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.generations import Generations
+from meteora_dist.serving.keys import ANONYMOUS
+from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.request import TextRequest
 from meteora_dist.serving.selection import select
 from meteora_dist.serving.service import TextService
@@ -99,7 +102,10 @@ async def serving(base: Path, bank: Bank, kept: Path, **mesh: int) -> AsyncItera
     )
     world = await World.launch(config, Residency.of(bank, config.ep))
     try:
-        service = TextService(world, TextTokenizer.open(base), Catalog(bank.manifest), 512, 64)
+        gate = Gate(None, anonymous=True)
+        service = TextService(
+            world, TextTokenizer.open(base), Catalog(bank.manifest), Limits(512, max_live_requests=64), gate
+        )
         yield Served(world, service, ExpertAdmin(world, service, Generations(bank.path, kept), bank), kept)
     finally:
         world.stop()
@@ -107,7 +113,7 @@ async def serving(base: Path, bank: Bank, kept: Path, **mesh: int) -> AsyncItera
 
 async def ask(served: Served, request: TextRequest) -> Answer:
     began = served.admin.manifest.generation
-    pieces = [piece async for piece in served.service.pieces(await served.service.prepare(request))]
+    pieces = [piece async for piece in served.service.pieces(await served.service.prepare(request, ANONYMOUS))]
     for token in (token for piece in pieces for token in piece.tokens):
         assert len(token.shares) == len(pieces[0].experts)
         assert sum(token.shares) > 0

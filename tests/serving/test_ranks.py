@@ -47,7 +47,8 @@ async def test_a_rank_on_standby_hurries_once_it_is_wanted(tmp_path: Path) -> No
         assert nice() == wanted
         imported.set()
 
-    rank = RankActor(ServiceConfig(model=tmp_path, bank=tmp_path), 0)
+    residency = Residency.of(tiny_bank, 1)
+    rank = RankActor(ServiceConfig(model=tmp_path, bank=tmp_path), 0, residency)
     with (
         patch("meteora_dist.serving.ranks.import_module", slow_import),
         patch("meteora_dist.serving.ranks._load", load),
@@ -55,7 +56,7 @@ async def test_a_rank_on_standby_hurries_once_it_is_wanted(tmp_path: Path) -> No
         await rank.stand_by()
         assert await asyncio.to_thread(importing.wait, 10)
         assert nice() == 10
-        await rank.assign(ServiceConfig(model=tmp_path, bank=tmp_path), 0)
+        await rank.assign(ServiceConfig(model=tmp_path, bank=tmp_path), 0, residency)
         await rank.start("127.0.0.1:1")
     assert imported.is_set()
     assert os.getpriority(os.PRIO_PROCESS, 0) == 0

@@ -12,6 +12,7 @@ import pytest
 from meteora_dist.errors import EngineUnavailable, ExpertNotFound, Overloaded, PromptTooLong
 from meteora_dist.moe.routing import BASE, RoutingChoice, named
 from meteora_dist.serving.catalog import Catalog
+from meteora_dist.serving.keys import ANONYMOUS
 from meteora_dist.serving.request import Answer, Prompt, TextRequest, TokenIds, collect, usage_of
 from meteora_dist.serving.selection import Selection, select
 from meteora_dist.serving.service import TextService
@@ -25,7 +26,7 @@ async def answer(service: TextService, prompt: Prompt = "Hi", **fields: Any) -> 
 
 
 async def answers(service: TextService, prompts: tuple[Prompt, ...], **fields: Any) -> tuple[Answer, ...]:
-    prepared = await service.prepare(TextRequest(prompts, **fields))
+    prepared = await service.prepare(TextRequest(prompts, **fields), ANONYMOUS)
     return await collect(service.pieces(prepared), len(prepared.answers))
 
 
@@ -112,7 +113,7 @@ async def test_a_call_keeps_the_generation_that_was_the_newest_when_it_started(
     service = make_service(engine)
     before = service.catalog.manifest
     prepared = [
-        await service.prepare(TextRequest(("Hi",), selection=select(model), trace=True))
+        await service.prepare(TextRequest(("Hi",), selection=select(model), trace=True), ANONYMOUS)
         for model in ("auto-sequence", "rooted", "plain")
     ]
     running = asyncio.ensure_future(collect(service.pieces(prepared[0]), 1))
@@ -149,7 +150,7 @@ async def test_too_long_prompts_and_answers_are_refused_with_the_numbers(make_se
         await answer(service, prompt="x" * 64)
     with pytest.raises(PromptTooLong, match=r"needs 72: 2 of the prompt and 70 of the answer"):
         await answer(service, max_tokens=70)
-    assert (await service.prepare(TextRequest(("x" * 60,)))).answers[0].max_tokens == 4
+    assert (await service.prepare(TextRequest(("x" * 60,)), ANONYMOUS)).answers[0].max_tokens == 4
 
 
 async def test_an_unknown_model_is_refused_with_those_there_are(make_service: MakeService) -> None:
@@ -178,7 +179,7 @@ async def test_closing_the_pieces_cancels_and_frees(tokenizer: TextTokenizer, ma
     engine = says(tokenizer, "a long answer")
     service = make_service(engine)
     for _ in range(3):
-        async with aclosing(service.pieces(await service.prepare(TextRequest(("Hi",))))) as pieces:
+        async with aclosing(service.pieces(await service.prepare(TextRequest(("Hi",)), ANONYMOUS))) as pieces:
             assert (await anext(pieces)).text == "a"
     assert engine.closed == [request.request_id for request in engine.seen]
 

@@ -13,8 +13,10 @@ from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.serving.catalog import Catalog
+from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import GrpcMethods
 from meteora_dist.serving.http_api import create_api
+from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.conformance.ways import Grpc, Http
@@ -32,7 +34,9 @@ class LoneEngine(RankEngine):
 @pytest.fixture(scope="module")
 def service(tiny_base: Path, tiny_bank: Bank, tokenizer: TextTokenizer) -> Iterator[TextService]:
     engine = LoneEngine(EngineConfig(model=tiny_base, bank=tiny_bank.path, max_model_len=CONTEXT, kv_cache_tokens=8192))
-    yield TextService(engine, tokenizer, Catalog(tiny_bank.manifest), CONTEXT, max_live_requests=64)  # type: ignore[arg-type]
+    limits = Limits(max_model_len=CONTEXT, max_live_requests=64)
+    gate = Gate(None, anonymous=True)
+    yield TextService(engine, tokenizer, Catalog(tiny_bank.manifest), limits, gate)  # type: ignore[arg-type]
     engine.stop()
 
 

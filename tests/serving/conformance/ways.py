@@ -133,6 +133,9 @@ class _Context:
     def set_details(self, details: str) -> None:
         self.details = details
 
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return []
+
 
 def message_of(question: Question) -> pb.GenerateRequest:
     """The question as a gRPC message."""
