@@ -61,10 +61,14 @@ class FairQueue:
         return sum(map(len, self._waiting.values()))
 
     def check(self, key: str, places: int = 1) -> None:
-        """Raises Overloaded when a request of this caller would be refused now."""
+        """Raises Overloaded or InvalidRequest when a request of this caller would be refused now."""
+        if places > self._max_live:
+            raise InvalidRequest(
+                f"this call asks for {places} answers, but this service generates {self._max_live} at once", "n"
+            )
         if self._waits(places) and self.waiting >= self._max_waiting and self._displaced_by(key) is None:
             raise Overloaded(
-                f"{self.live} requests are under way and {self.waiting} are waiting, which is the most this service "
+                f"{self.live} answers are under way and {self.waiting} requests wait, which is the most this service "
                 "takes: try again"
             )
 
@@ -81,10 +85,6 @@ class FairQueue:
             Overloaded: There is no room, not even to wait.
             InvalidRequest: It needs more places than there are.
         """
-        if places > self._max_live:
-            raise InvalidRequest(
-                f"this call asks for {places} answers, but this service generates {self._max_live} at once", "n"
-            )
         ticket = Ticket(key, cost, places, decided, spent=cost)
         self.check(key, places)
         if self._waits(places) and self.waiting >= self._max_waiting:
@@ -156,9 +156,9 @@ class Admission:
         """Requests that wait."""
         return self._queue.waiting
 
-    def check(self, key: str) -> None:
-        """Raises Overloaded when a request of this caller would be refused now."""
-        self._queue.check(key)
+    def check(self, key: str, places: int = 1) -> None:
+        """Raises Overloaded or InvalidRequest when a request of this caller would be refused now."""
+        self._queue.check(key, places)
 
     @asynccontextmanager
     async def admitted(self, key: str, cost: int, places: int = 1) -> AsyncIterator[Ticket]:

@@ -24,7 +24,7 @@ class ServiceConfig(EngineConfig):
         access: ``keys`` lets in callers with an API key of the keys file; ``open`` everybody, under no limit but those
             below. Administration needs the key of an administrator either way.
         keys_file: The keys file; None for the one that the environment variable ``METEORA_KEYS_FILE`` names.
-        max_live_requests: Requests that generate at once.
+        max_live_requests: Answers that are generated at once; a request has one for each prompt, times n.
         max_waiting_requests: Requests that wait for one of those places; one more is refused as overload, at once.
         max_prompt_tokens: Most tokens of a prompt; None for as many as fit into the context.
         max_answer_tokens: Most tokens a request may ask for, and those it gets when it does not say; None for as many

@@ -22,7 +22,7 @@ class Limits:
         max_stop_chars: Most characters of a stop text.
         max_body_bytes: Most bytes of an HTTP body or a gRPC message.
         max_request_s: Seconds a request gets, from its first byte to its last, waiting included.
-        max_live_requests: Requests that generate at once.
+        max_live_requests: Answers that are generated at once.
         max_waiting_requests: Requests that wait for one of those places.
     """
 

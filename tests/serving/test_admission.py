@@ -26,7 +26,7 @@ def test_the_first_run_the_next_wait_and_one_more_is_refused() -> None:
     queue = FairQueue(max_live=2, max_waiting=1)
     first, second, third = (ask(queue, "a") for _ in range(3))
     assert states(first, second, third) == ["live", "live", "waiting"]
-    with pytest.raises(Overloaded, match="2 requests are under way and 1 are waiting"):
+    with pytest.raises(Overloaded, match="2 answers are under way and 1 requests wait"):
         ask(queue, "a")
     queue.leave(second)
     assert states(first, second, third) == ["live", "over", "live"]
@@ -110,7 +110,7 @@ def test_nobody_overtakes_who_needs_several_places() -> None:
     assert states(both, small) == ["waiting", "waiting"]
     queue.leave(second)
     assert states(both, small) == ["live", "waiting"]
-    with pytest.raises(InvalidRequest, match="n is 3, but this service generates 2"):
+    with pytest.raises(InvalidRequest, match="asks for 3 answers, but this service generates 2 at once"):
         ask(queue, "a", places=3)
 
 
