@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
+from meteora_dist.bank import Bank
+from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.ranks import RankActor
 
@@ -30,7 +32,7 @@ def _may_speed_up() -> bool:
     return allowed[0]
 
 
-async def test_a_rank_on_standby_hurries_once_it_is_wanted(tmp_path: Path) -> None:
+async def test_a_rank_on_standby_hurries_once_it_is_wanted(tmp_path: Path, tiny_bank: Bank) -> None:
     wanted = 0 if _may_speed_up() else 10
     threads: list[int] = []
     importing, imported = threading.Event(), threading.Event()
