@@ -34,7 +34,7 @@ from tests.support.tiny import load_tiny_llama
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 CONTEXT = 400
-LIVE = 12
+LIVE = 14
 EXPERTS = ("plain", "wide", "rooted", "partial")
 MODELS = ("auto", "auto-sequence", "base", *EXPERTS)
 PROMPT = "Which expert answers?"
@@ -140,7 +140,9 @@ def test_the_openai_client_chats_and_streams(client: openai.OpenAI) -> None:
 
 def test_a_mixed_batch_answers_as_each_request_alone(http: httpx.Client) -> None:
     alone = {model: greedy(http, model) for model in MODELS}
-    assert len(set(alone.values())) == len(MODELS)
+    # The vote's answer is that of the expert it picks.
+    assert alone["auto-sequence"] in {alone[expert] for expert in EXPERTS}
+    assert len(set(alone.values())) == len(MODELS) - 1
     with ThreadPoolExecutor(2 * len(MODELS)) as pool:
         together = list(pool.map(lambda model: (model, greedy(http, model)), 2 * MODELS))
     assert [text for model, text in together] == [alone[model] for model, text in together]
