@@ -1,7 +1,7 @@
 """The bank: LoRA experts of one base model and their gates, on disk."""
 
 from meteora_dist.bank.bank import Bank
-from meteora_dist.bank.edit import BankEdit, NewExpert, edit_bank
+from meteora_dist.bank.edit import BankEdit, NewExpert, edit_bank, preview
 from meteora_dist.bank.fingerprint import fingerprint
 from meteora_dist.bank.manifest import BankManifest, ExpertEntry, RoutingDefaults
 from meteora_dist.bank.write import write_bank
@@ -15,5 +15,6 @@ __all__ = [
     "RoutingDefaults",
     "edit_bank",
     "fingerprint",
+    "preview",
     "write_bank",
 ]

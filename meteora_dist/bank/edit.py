@@ -17,12 +17,13 @@ from torch import Tensor
 
 from meteora_dist.adapters import Adapter, read_adapter
 from meteora_dist.adapters.tensors import read_tensors
-from meteora_dist.bank.bank import Bank
+from meteora_dist.bank.bank import Bank, describe
 from meteora_dist.bank.gates import GATES_FILE
+from meteora_dist.bank.manifest import ExpertEntry, check_expert_name
 from meteora_dist.bank.prototype import prototype_row
 from meteora_dist.bank.rows import ROWS_FILE, read_rows
 from meteora_dist.bank.write import Draft, check_new, place
-from meteora_dist.errors import BankError, ExpertNotFound, InvalidRequest
+from meteora_dist.errors import AdapterError, BankError, ExpertNotFound, InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,37 @@ def edit_bank(bank: Bank, edit: BankEdit, path: Path) -> Bank:
         linked=frozenset(experts.keys() - joining.keys()),
     )
     return place(path, draft)
+
+
+def preview(bank: Bank, name: str, expert: NewExpert) -> tuple[ExpertEntry, Adapter]:
+    """What an expert would be if it joined ``bank``, or took the place of the one of its name; nothing is written.
+
+    Raises:
+        InvalidRequest: No expert may be called so.
+        AdapterError: The adapter is damaged, asks for something unsupported, or is for another base model.
+        BankError: Its gate rows are damaged or do not fit.
+    """
+    try:
+        check_expert_name(name)
+    except ValueError as cause:
+        raise InvalidRequest(str(cause), "name") from None
+    adapter = read_adapter(expert.adapter)
+    others = {other: a for other, a in zip(bank.names, bank.adapters, strict=True) if other != name}
+    _check_base(adapter, others)
+    given = _given_rows(expert, adapter, _widths({**others, name: adapter}))
+    return describe(name, adapter, "prototype" if given is None else "trained"), adapter
+
+
+def _check_base(adapter: Adapter, others: Mapping[str, Adapter]) -> None:
+    known = {linear: shape for other in others.values() for linear, shape in other.shapes.items()}
+    for linear, shape in adapter.shapes.items():
+        other = known.get(linear, shape)
+        if (shape.in_features, shape.out_features) != (other.in_features, other.out_features):
+            raise AdapterError(
+                adapter.path,
+                f"maps {shape.in_features} to {shape.out_features} features at {linear}; in the base model of the bank "
+                f"it maps {other.in_features} to {other.out_features}",
+            )
 
 
 def _check_names(bank: Bank, edit: BankEdit) -> None:

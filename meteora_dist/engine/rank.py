@@ -170,7 +170,7 @@ class RankEngine:
     @property
     def loads(self) -> dict[str, int]:
         """How often tokens of this rank's requests were routed to each adapter, by digest, for every linear."""
-        return dict(zip(self.routed.holdings.residency.roster.slots, self.routed.loads, strict=True))
+        return self.routed.loads
 
     def stalled_s(self) -> float | None:
         """Seconds since the loop began its latest step; None while it sleeps for want of work."""

@@ -64,7 +64,7 @@ def inject_holdings(
     """
     place = place or Place()
     tp = TensorParallel.of(model, place.wire)
-    context = RoutingContext()
+    context = RoutingContext(holdings.residency.roster.slots)
     shapes = [_shape(model, holdings, names, tp) for names in _grouped(model, holdings)]
     groups = []
     for shape, state in zip(shapes, first_states(shapes, holdings, place.group, dtype, model.device), strict=True):

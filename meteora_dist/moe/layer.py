@@ -7,7 +7,7 @@ G slots of the roster, D expert-parallel groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,10 +36,10 @@ class RoutingContext:
         loads: Counts the slots that passes use.
     """
 
-    def __init__(self) -> None:
-        """Starts outside any pass."""
+    def __init__(self, adapters: Sequence[str] = ()) -> None:
+        """Starts outside any pass; ``adapters`` are the digests of those in the slots."""
         self.step: PassRouting | None = None
-        self.loads = SlotLoads()
+        self.loads = SlotLoads(adapters)
 
     @contextmanager
     def routed(self, step: PassRouting | None) -> Iterator[None]:

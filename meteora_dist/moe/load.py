@@ -18,11 +18,11 @@ class SlotLoads:
     group. Groups only hand their ids over, and a pass is counted at its end, at once.
     """
 
-    def __init__(self) -> None:
-        """Starts at zero."""
+    def __init__(self, adapters: Sequence[str]) -> None:
+        """Starts at zero; ``adapters`` are the digests of those in the slots."""
         self._seen: list[Tensor] = []
-        # The empty slot is counted first, and left out of the answers.
-        self._counts = torch.zeros(1, dtype=torch.long)
+        # Names and counts are replaced together: another thread may be reading. The empty slot is counted first.
+        self._counted = tuple(adapters), torch.zeros(1 + len(adapters), dtype=torch.long)
 
     def see(self, slots_TNK: Tensor) -> None:
         """Takes the slots of one group of linears in the pass under way; ``NO_EXPERT`` where unused."""
@@ -32,19 +32,17 @@ class SlotLoads:
         """Counts the pass that has ended."""
         if not self._seen:
             return
+        adapters, counts = self._counted
         used = torch.cat([slots_TNK.flatten() for slots_TNK in self._seen]) + 1
         self._seen.clear()
-        counts = torch.bincount(used, minlength=len(self._counts)).cpu()
-        counts[: len(self._counts)] += self._counts
-        # Replaced, not changed: another thread may be reading.
-        self._counts = counts
+        self._counted = adapters, counts + torch.bincount(used, minlength=len(counts)).cpu()
 
-    def counts(self, slots: int) -> tuple[int, ...]:
-        """The counts of the first ``slots`` slots since the start; for any thread."""
-        counts: list[int] = self._counts[1 : slots + 1].tolist()
-        return (*counts, *[0] * (slots - len(counts)))
+    def by_adapter(self) -> dict[str, int]:
+        """The counts since the start, by digest; for any thread."""
+        adapters, counts = self._counted
+        return dict(zip(adapters, counts[1:].tolist(), strict=True))
 
-    def renumber(self, before: Sequence[str], after: Sequence[str]) -> None:
-        """Between two passes: slots of the adapters ``before`` become those of ``after``; new ones start at zero."""
-        known = dict(zip(before, self.counts(len(before)), strict=True))
-        self._counts = torch.tensor([0, *(known.get(digest, 0) for digest in after)])
+    def renumber(self, adapters: Sequence[str]) -> None:
+        """Between two passes: the slots hold other adapters from now on; new ones start at zero."""
+        known = self.by_adapter()
+        self._counted = tuple(adapters), torch.tensor([0, *(known.get(digest, 0) for digest in adapters)])

@@ -85,9 +85,9 @@ class RoutedModel:
         return self.newest.num_experts
 
     @property
-    def loads(self) -> tuple[int, ...]:
-        """How often tokens of this rank's requests were routed to each slot, for every linear; for any thread."""
-        return self.context.loads.counts(len(self.holdings.residency.roster.slots))
+    def loads(self) -> dict[str, int]:
+        """How often tokens of this rank's requests were routed to each adapter, by digest; for any thread."""
+        return self.context.loads.by_adapter()
 
     @property
     def resident(self) -> Resident:
@@ -117,6 +117,5 @@ class RoutedModel:
         """Puts ``prepared``, which was made from the present holdings, in force: between two passes, on all ranks."""
         for group, state in zip(self.groups, prepared.states, strict=True):
             group.state = state
-        before, after = self.holdings.residency.roster, prepared.holdings.residency.roster
-        self.context.loads.renumber(before.slots, after.slots)
+        self.context.loads.renumber(prepared.holdings.residency.roster.slots)
         self.holdings, self.live = prepared.holdings, prepared.holdings.live()

@@ -23,6 +23,8 @@ class ServiceConfig(EngineConfig):
     Attributes:
         access: ``keys`` lets in callers with an API key of the keys file; ``open`` everybody, under no limit but those
             below. Administration needs the key of an administrator either way.
+        expert_roots: Folders below which administrators may name adapters to add; every rank must see them. Without
+            any, experts can be removed but not added.
         keys_file: The keys file; None for the one that the environment variable ``METEORA_KEYS_FILE`` names.
         max_live_requests: Answers that are generated at once; a request has one for each prompt, times n.
         max_waiting_requests: Requests that wait for one of those places; one more is refused as overload, at once.
@@ -56,6 +58,7 @@ class ServiceConfig(EngineConfig):
     """
 
     access: Literal["keys", "open"] = "keys"
+    expert_roots: tuple[Path, ...] = ()
     keys_file: Path | None = None
     max_live_requests: PositiveInt = 128
     max_waiting_requests: NonNegativeInt = 128
@@ -88,6 +91,11 @@ class ServiceConfig(EngineConfig):
     @classmethod
     def _place(cls, path: Path | None) -> Path | None:
         return None if path is None else expanded(path).absolute()
+
+    @field_validator("expert_roots")
+    @classmethod
+    def _roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(expanded(root).absolute() for root in roots)
 
     @model_validator(mode="after")
     def _standby_without_device(self) -> Self:

@@ -6,8 +6,8 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass
 
-from meteora_dist.bank import Bank, BankEdit, BankManifest, ExpertEntry, NewExpert, edit_bank
-from meteora_dist.errors import EngineUnavailable, MeteoraError, StaleGeneration
+from meteora_dist.bank import Bank, BankEdit, BankManifest, ExpertEntry, NewExpert, edit_bank, preview
+from meteora_dist.errors import AdapterError, EngineUnavailable, MeteoraError, StaleGeneration
 from meteora_dist.moe.balance import Demands, rebalanced
 from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.background import Background
@@ -28,12 +28,14 @@ class ExpertStatus:
         entry: What bank.json says of it: name, digest, rank, targets, where its gate rows are from.
         groups: The expert-parallel groups that hold it.
         resident_bytes: Its matrices on all ranks together.
+        requests: Calls that chose it by name or in a blend, since the service started.
         routed: How often tokens were routed to its adapter, once for every linear, since the ranks started.
     """
 
     entry: ExpertEntry
     groups: tuple[int, ...]
     resident_bytes: int
+    requests: int
     routed: int
 
 
@@ -99,6 +101,18 @@ class ExpertAdmin:
         """Removes an expert; raises as ``replace`` does, and InvalidRequest for the last one."""
         return await self._background.finish(self._edit(BankEdit(remove=(name,)), expected))
 
+    async def validate(self, name: str, expert: NewExpert) -> ExpertEntry:
+        """Checks what ``add``, or ``replace`` where there is one of that name, would check before anything is loaded.
+
+        Returns:
+            What bank.json would say of the expert.
+
+        Raises:
+            InvalidRequest: No expert may be called so.
+            CheckpointError: Adapter or gate rows are damaged or do not fit.
+        """
+        return await asyncio.to_thread(self._check, self._newest, name, expert)
+
     async def rebalance(self) -> int:
         """Moves experts to other groups, so that their loads since the ranks started are even.
 
@@ -121,10 +135,22 @@ class ExpertAdmin:
                 entry=entry,
                 groups=owners_of[entry.digest],
                 resident_bytes=adapter.parameters * number_bytes * len(owners_of[entry.digest]),
+                requests=self._service.requests[entry.name],
                 routed=loads[entry.digest],
             )
             for entry, adapter in zip(bank.manifest.experts, bank.adapters, strict=True)
         )
+
+    @staticmethod
+    def _check(bank: Bank, name: str, expert: NewExpert) -> ExpertEntry:
+        """What an expert would be; raises for what is wrong with it, before any rank has to find that out."""
+        entry, adapter = preview(bank, name, expert)
+        if unrouted := [linear for linear in adapter.shapes if linear not in bank.linears]:
+            raise AdapterError(
+                adapter.path,
+                f"adapts {unrouted[0]}, which no expert of the bank does; start the service with a bank that has it",
+            )
+        return entry
 
     async def _edit(self, edit: BankEdit, expected: int | None) -> BankManifest:
         async with self._editing:
@@ -135,6 +161,8 @@ class ExpertAdmin:
                     "look at it, and try again",
                     "generation",
                 )
+            for name, expert in {**edit.add, **edit.replace}.items():
+                await asyncio.to_thread(self._check, self._newest, name, expert)
             bank = await asyncio.to_thread(edit_bank, self._newest, edit, self._generations.place(before + 1))
             await self._bring_in(bank)
             self._newest, self._service.catalog = bank, Catalog(bank.manifest)

@@ -146,26 +146,26 @@ def text_request(message: pb.GenerateRequest) -> TextRequest:
     return TextRequest(
         prompts=_prompts(message),
         model=model,
-        selection=select(model, _mode(routing.mode), experts, _given(routing, "top_k"), _given(routing, "temperature")),
+        selection=select(model, _mode(routing.mode), experts, given(routing, "top_k"), given(routing, "temperature")),
         n=message.n if message.HasField("n") else 1,
-        max_tokens=_given(message, "max_tokens"),
+        max_tokens=given(message, "max_tokens"),
         sampling=_sampling(message.sampling),
-        seed=_given(message.sampling, "seed"),
+        seed=given(message.sampling, "seed"),
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
-        top_logprobs=_given(message, "top_logprobs"),
+        top_logprobs=given(message, "top_logprobs"),
         grammar=_grammar(message.response_format),
         trace=routing.trace,
     )
 
 
-def _given(message: Any, field: str) -> Any:
+def given(message: Any, field: str) -> Any:
     """The value of an optional field, or None."""
     return getattr(message, field) if message.HasField(field) else None
 
 
 def _sampling(message: pb.Sampling) -> Sampling:
-    given = {name: value for name in _SAMPLING if (value := _given(message, name)) is not None}
+    given = {name: value for name in _SAMPLING if (value := given(message, name)) is not None}
     return Sampling(**{"temperature": 1.0} | given, logit_bias=tuple(sorted(message.logit_bias.items())))
 
 

@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 
 from meteora_dist import __version__
 from meteora_dist.errors import MeteoraError
+from meteora_dist.serving.admin import AdminService
+from meteora_dist.serving.admin_http import admin_routes
 from meteora_dist.serving.http_guard import Guard, caller_of, failure_response
 from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
@@ -28,10 +30,14 @@ logger = logging.getLogger(__name__)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def create_api(service: TextService) -> FastAPI:
+def create_api(service: TextService, admin: AdminService | None = None) -> FastAPI:
     """The application: every answer is JSON or a stream of server-sent events, every error an OpenAI error object.
 
     Everything but ``/healthz`` lies behind the service's gate.
+
+    Args:
+        service: What answers.
+        admin: Administers its experts, below ``/admin``; None where nobody may.
     """
     api = FastAPI(title="meteora", version=__version__, docs_url=None, redoc_url=None)
     api.add_middleware(Guard, gate=service.gate, limits=service.limits)
@@ -60,6 +66,8 @@ def create_api(service: TextService) -> FastAPI:
         service.check()
         return {"status": "ok"}
 
+    if admin is not None:
+        api.include_router(admin_routes(admin))
     api.add_exception_handler(MeteoraError, _on_error)
     api.add_exception_handler(Exception, _on_error)
     api.add_exception_handler(HTTPException, _on_http_error)

@@ -25,7 +25,11 @@ from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.server import Server, open_model
 
-SERVICER = "meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
+_PROTO = "meteora_dist.serving.proto.meteora.v1"
+SERVICERS = [
+    f"{_PROTO}.inference_pb2_grpc.add_InferenceServicer_to_server",
+    f"{_PROTO}.admin_pb2_grpc.add_AdminServicer_to_server",
+]
 
 _APP = "meteora"
 _REQUEST_TIMEOUT_S = 600.0
@@ -128,7 +132,7 @@ def _deploy(app: Application, http_port: int, grpc_port: int, host: str, tls: Tl
         ),
         grpc_options=gRPCOptions(
             port=grpc_port,
-            grpc_servicer_functions=[SERVICER],
+            grpc_servicer_functions=SERVICERS,
             request_timeout_s=_REQUEST_TIMEOUT_S,
             enable_reflection=False,
         ),

@@ -11,20 +11,22 @@ from ray.util import get_current_placement_group
 from meteora_dist.bank import Bank
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.residency import Residency
+from meteora_dist.serving.admin import AdminService
+from meteora_dist.serving.admin_grpc import AdminMethods
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.experts import ExpertAdmin
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.generations import Generations
-from meteora_dist.serving.grpc_api import GrpcMethods
 from meteora_dist.serving.http_api import create_api
 from meteora_dist.serving.ranks import RankActor
 from meteora_dist.serving.service import TextService
+from meteora_dist.serving.sources import Sources
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.world import World
 
 
-class Server(GrpcMethods):
+class Server(AdminMethods):
     """The class behind the Serve deployment; plain, so that it runs without Serve as well.
 
     Attributes:
@@ -41,11 +43,11 @@ class Server(GrpcMethods):
             config: The service's configuration. Its ranks live in this process's placement group when it has one.
 
         Raises:
-            InvalidRequest: There are no API keys, though the configuration demands them.
+            InvalidRequest: There are no API keys, though the configuration demands them, or an expert root is missing.
             CheckpointError: The model, the bank or the keys file cannot be used.
             ClusterError: The ranks could not be placed or did not start.
         """
-        gate = Gate.of(config)
+        gate, sources = Gate.of(config), Sources(config.expert_roots)
         bank, tokenizer = await asyncio.to_thread(open_model, config)
         generations = Generations(config.bank, config.generations_folder)
         await asyncio.to_thread(generations.tidy)
@@ -53,10 +55,11 @@ class Server(GrpcMethods):
         self._world = await World.launch(config, residency, get_current_placement_group(), self.member)
         self.service = TextService(self._world, tokenizer, Catalog(bank.manifest), config.limits, gate)
         self.experts = ExpertAdmin(self._world, self.service, generations, bank)
+        self.admin = AdminService(self.experts, sources)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP application; Serve calls this after the constructor."""
-        return create_api(self.service)
+        return create_api(self.service, self.admin)
 
     async def check_health(self) -> None:
         """Raises when lost ranks could not be rebuilt, with the cause: Serve then replaces this replica."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
@@ -84,6 +85,7 @@ class TextService:
         limits: What a request may ask for.
         gate: What calls pass before they come here.
         admission: Where they wait for the engine.
+        requests: How many calls have chosen each expert by name or in a blend.
     """
 
     def __init__(self, engine: Engine, tokenizer: TextTokenizer, catalog: Catalog, limits: Limits, gate: Gate) -> None:
@@ -91,6 +93,7 @@ class TextService:
         self.limits = limits
         self.gate = gate
         self.admission = Admission(limits.max_live_requests, limits.max_waiting_requests)
+        self.requests: Counter[str] = Counter()
         self._engine = engine
         self._tokenizer = tokenizer
 
@@ -153,6 +156,7 @@ class TextService:
             catalog = self.catalog
             stack.enter_context(self._engine.using(catalog.manifest.generation))
             answers = await self._in_time(prepared, self._decided(prepared, catalog))
+            self.requests.update(name for name, _ in prepared.asked.selection.experts)
             streams = [self._answer(prepared, catalog, index, answer) for index, answer in enumerate(answers)]
             async for piece in await stack.enter_async_context(aclosing(merged(streams))):
                 ticket.spent += 1

@@ -147,11 +147,11 @@ def test_loads_follow_the_adapters(routed: RoutedModel, banks: tuple[Bank, ...])
     step = plan_pass([named(3)], [IDS_1L.shape[1]], [1], routed.live, 1)
     with torch.no_grad(), routed.context.routed(step):
         routed.model(IDS_1L, use_cache=False)
-    assert routed.loads == (0, 0, 0, 14 * 12)
+    assert list(routed.loads.values()) == [0, 0, 0, 14 * 12]
     go(routed, routed.holdings.residency.with_bank(banks[3]))
     go(routed, routed.holdings.residency.without(1))
     assert routed.holdings.residency.roster.slots == banks[3].digests
-    assert routed.loads == tuple(14 * 12 if digest == banks[0].digests[3] else 0 for digest in banks[3].digests)
+    assert routed.loads == {digest: 14 * 12 * (digest == banks[0].digests[3]) for digest in banks[3].digests}
 
 
 def test_linears_that_only_one_generation_adapts(tiny_base: Path, tmp_path: Path) -> None:

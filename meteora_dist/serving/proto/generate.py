@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent
-PROTO = Path("meteora/v1/inference.proto")
+PROTOS = (Path("meteora/v1/inference.proto"), Path("meteora/v1/admin.proto"))
 PACKAGE = "meteora_dist.serving.proto"
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
@@ -23,23 +23,23 @@ def generate(target: Path) -> list[Path]:
     have to know: Serve pickles them.
 
     Args:
-        target: Folder that gets ``meteora/v1/inference*``.
+        target: Folder that gets ``meteora/v1/*``.
 
     Returns:
         The files written.
 
     Raises:
-        RuntimeError: protoc refused the proto; it has said why on stderr.
+        RuntimeError: protoc refused a proto; it has said why on stderr.
     """
     from grpc_tools import protoc
 
     outputs = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main(["protoc", f"--proto_path={ROOT}", *outputs, str(PROTO)]) != 0:
-        raise RuntimeError(f"protoc refused {ROOT / PROTO}")
-    stubs = [target / PROTO.with_name(PROTO.stem + suffix) for suffix in SUFFIXES]
+    if protoc.main(["protoc", f"--proto_path={ROOT}", *outputs, *map(str, PROTOS)]) != 0:
+        raise RuntimeError(f"protoc refused the protos in {ROOT}")
+    stubs = [target / proto.with_name(proto.stem + suffix) for proto in PROTOS for suffix in SUFFIXES]
     for stub in stubs:
         code = stub.read_text()
-        for name in ("from meteora.v1 import", "'meteora.v1.inference_pb2'"):
+        for name in ("from meteora.v1 import", *(f"'meteora.v1.{proto.stem}_pb2'" for proto in PROTOS)):
             code = code.replace(name, name.replace("meteora.v1", f"{PACKAGE}.meteora.v1"))
         stub.write_text(f"# mypy: ignore-errors\n{code}")
     return stubs
