@@ -20,10 +20,7 @@ def command(
 
     Before a deployment: `kubectl kustomize k8s/overlays/gpu | meteora check -`.
     """
-    if file == "-":
-        found = parse_serve_config(sys.stdin.read(), "stdin")
-    else:
-        found = read_serve_file(Path(file))
+    found = parse_serve_config(sys.stdin.read(), "stdin") if file == "-" else read_serve_file(Path(file))
     Console(soft_wrap=True, highlight=False).print(_summary(found), markup=False)
 
 

@@ -37,7 +37,8 @@ def test_our_reading_of_a_kustomization_is_kubectls(name: str) -> None:
 @pytest.mark.skipif(not (SHARED / "data" / "crds").exists(), reason="KubeRay's CRDs are not beside this checkout")
 def test_kuberays_schema_knows_every_field(overlay: Overlay, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("validate_crd", SHARED / "tools" / "validate_crd.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     # Just the one that is used: reading all of them takes long.

@@ -72,7 +72,7 @@ def test_the_shipped_file_deploys_two_ranks_on_two_cpus() -> None:
             "applications.0.deployments.0.autoscaling_config.max_replica",
         ),
         (
-            lambda file: override(file, autoscaling_config={"policy": {"policy_function": "a:b", "kwargs": {}}}),
+            lambda file: override(file, autoscaling_config={"policy": {"kwargs": {}}}),
             "applications.0.deployments.0.autoscaling_config.policy.kwargs",
         ),
         (
@@ -111,6 +111,13 @@ def test_files_that_deploy_something_else_are_refused(tmp_path: Path) -> None:
         read_serve_file(path)
 
 
+def test_what_serve_cannot_import_is_refused() -> None:
+    content = yaml.safe_load(CONFIG.read_text())
+    override(content, autoscaling_config={"policy": {"policy_function": "nowhere:policy"}})
+    with pytest.raises(InvalidRequest, match="here: No module named 'nowhere'"):
+        parse_serve_config(yaml.safe_dump(content), "here")
+
+
 @pytest.mark.parametrize("key", ["logging_config", "tracing_config", "controller_options"])
 def test_serve_itself_refuses_unknown_keys_of_some_parts(key: str) -> None:
     content = yaml.safe_load(CONFIG.read_text()) | {key: {"typo": 1}}
@@ -140,4 +147,4 @@ def test_more_replicas_keep_the_placement_of_each() -> None:
     assert info.replica_config.placement_group_bundles == [{"CPU": 1.0}, {"CPU": 0.8}]
     assert info.replica_config.placement_group_strategy == "STRICT_PACK"
     found = info.deployment_config.autoscaling_config
-    assert (found.min_replicas, found.max_replicas, info.deployment_config.num_replicas) == (2, 4, None)
+    assert (found.min_replicas, found.max_replicas) == (2, 4)
