@@ -57,7 +57,8 @@ def test_the_application_is_that_of_serve_config_yaml(overlay: Overlay) -> None:
     assert common(config) == common(DEMO_FILE)
     assert (config["proxy_location"], config["http_options"]["host"]) == ("EveryNode", "0.0.0.0")
     if overlay.name == "cpu-demo":
-        paths = {"model": "/opt/meteora/smollm2-135m-instruct", "bank": "/opt/meteora/bank"}
+        opt = "/opt/meteora"
+        paths = {"model": f"{opt}/smollm2-135m-instruct", "bank": f"{opt}/bank", "generations": "/tmp/generations"}
         assert config["applications"][0]["args"] == DEMO_FILE["applications"][0]["args"] | paths
 
 
