@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 import meteora_dist
-from meteora_dist.serving.app import build
+from meteora_dist.serving.app import application
+from meteora_dist.serving.gate import KEYS_FILE_VARIABLE
 from tests.k8s.conftest import OVERLAYS, ROOT, Overlay
 from tests.support.kustomize import Manifest, render_by_kubectl, render_by_reading
 from tests.test_packaging import pins
@@ -59,7 +60,8 @@ def test_the_application_is_that_of_serve_config_yaml(overlay: Overlay) -> None:
     if overlay.name == "cpu-demo":
         opt = "/opt/meteora"
         paths = {"model": f"{opt}/smollm2-135m-instruct", "bank": f"{opt}/bank", "generations": "/tmp/generations"}
-        assert config["applications"][0]["args"] == DEMO_FILE["applications"][0]["args"] | paths
+        cluster = paths | {"drain_s": 600, "access": "keys"}
+        assert config["applications"][0]["args"] == DEMO_FILE["applications"][0]["args"] | cluster
 
 
 def test_ports_are_those_of_the_configuration(overlay: Overlay) -> None:
@@ -143,6 +145,7 @@ def test_head_and_workers_run_one_image_with_one_environment(overlay: Overlay) -
     assert head["image"] == worker["image"]
     assert environment(head).items() <= environment(worker).items()
     assert environment(head)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert environment(head)["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == str(overlay.serve.service.max_body_bytes)
     assert overlay.cluster["rayVersion"] == pins()["ray"]
     assert overlay.cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
@@ -164,14 +167,16 @@ def test_names_and_authentication(overlay: Overlay) -> None:
 
 
 def test_nothing_ends_before_the_longest_stream(overlay: Overlay) -> None:
-    stream_s = overlay.serve.schema.http_options.request_timeout_s
-    assert stream_s == overlay.serve.schema.grpc_options.request_timeout_s
-    assert stream_s
+    config = yaml.safe_load(overlay.service["spec"]["serveConfigV2"])
+    stream_s = config["http_options"]["request_timeout_s"]
+    assert stream_s == config["grpc_options"]["request_timeout_s"]
+    # Ours ends a stream with an error; Serve's cuts it off.
+    assert overlay.serve.service.max_request_s < stream_s
     (worker,) = overlay.worker["spec"]["containers"]
     assert overlay.service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
     assert overlay.service["spec"]["rayClusterDeletionDelaySeconds"] > stream_s
     assert int(environment(worker)["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > stream_s
-    assert overlay.serve.overrides["graceful_shutdown_timeout_s"] >= stream_s
+    assert overlay.serve.service.drain_s >= stream_s
     # A pod that stops: a replica starts elsewhere, then the streams of the old one end.
     drain = worker["lifecycle"]["preStop"]["exec"]["command"][-1]
     deadline_s = int(re.search(r"--deadline-remaining-seconds (\d+)", drain)[1])
@@ -184,8 +189,7 @@ def test_nothing_ends_before_the_longest_stream(overlay: Overlay) -> None:
 def test_every_replica_fits_a_worker(overlay: Overlay) -> None:
     limits = overlay.worker["spec"]["containers"][0]["resources"]["limits"]
     has = {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))}
-    (app,) = overlay.serve.schema.applications
-    bundles = build(app.args)._bound_deployment._replica_config.placement_group_bundles
+    bundles = application(overlay.serve.service)._bound_deployment._replica_config.placement_group_bundles
     wants = {name: sum(bundle.get(name, 0) for bundle in bundles) for name in has}
     assert all(wants[name] <= has[name] for name in has), (wants, has)
     scaling = overlay.serve.overrides.get("autoscaling_config", {"min_replicas": 1, "max_replicas": 1})
@@ -205,6 +209,22 @@ def test_volumes_and_secrets_exist(overlay: Overlay) -> None:
     names = {volume["secretName"] for volume in nested(overlay.manifests, "secret")}
     assert names | {overlay.cluster["authOptions"]["secretName"]} <= set(documented)
     assert documented[overlay.cluster["authOptions"]["secretName"]] == "auth_token"
+
+
+def test_replicas_find_their_keys(overlay: Overlay) -> None:
+    assert (overlay.serve.service.access, overlay.serve.service.keys_file) == ("keys", None)
+    (container,), volumes = overlay.worker["spec"]["containers"], overlay.worker["spec"]["volumes"]
+    (volume,) = [volume for volume in volumes if volume.get("secret") == {"secretName": "meteora-api-keys"}]
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+    assert (
+        environment(container)[KEYS_FILE_VARIABLE]
+        == f"{mount['mountPath']}/{secrets_of_the_guide()['meteora-api-keys']}"
+    )
+
+
+def secrets_of_the_guide() -> dict[str, str]:
+    """Every Secret that the guide says how to create, and its key."""
+    return dict(re.findall(r"kubectl -n meteora create secret generic (\S+) \\?\n? *--from-\w+=(\w[\w.-]*)", GUIDE))
 
 
 def ports(spec: Manifest) -> dict[str, int]:

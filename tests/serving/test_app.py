@@ -9,6 +9,7 @@ import pytest
 import yaml
 from ray.serve._private.application_state import override_deployment_info
 from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.schema import ServeDeploySchema
 
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.app import build
@@ -140,7 +141,8 @@ def test_more_replicas_keep_the_placement_of_each() -> None:
     content = yaml.safe_load(CONFIG.read_text())
     scaling = {"min_replicas": 2, "max_replicas": 4}
     override(content, autoscaling_config=scaling, placement_group_strategy="STRICT_PACK")
-    schema = parse_serve_config(yaml.safe_dump(content), "here").schema.applications[0]
+    parse_serve_config(yaml.safe_dump(content), "here")
+    schema = ServeDeploySchema.model_validate(content).applications[0]
     deployment = build(schema.args)._bound_deployment
     plain = DeploymentInfo(deployment._deployment_config, deployment._replica_config, 0, "job")
     info = override_deployment_info({"meteora": plain}, schema)["meteora"]
