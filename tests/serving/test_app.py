@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve._private.application_state import override_deployment_info
+from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.schema import ServeDeploySchema
 
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.app import build
 from meteora_dist.serving.config import ServiceConfig
-from meteora_dist.serving.config_file import read_serve_file, unknown_keys
+from meteora_dist.serving.config_file import parse_serve_config, read_serve_file, unknown_keys
 from meteora_dist.serving.local import SERVICERS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "serve_config.yaml"
+
+
+def override(file: dict[str, Any], **settings: Any) -> None:
+    """Sets something for our deployment in a configuration file."""
+    file["applications"][0]["deployments"] = [{"name": "meteora", **settings}]
 
 
 def test_the_placement_follows_from_the_mesh() -> None:
@@ -59,9 +67,22 @@ def test_the_shipped_file_deploys_two_ranks_on_two_cpus() -> None:
         (lambda file: file["http_options"].update(prt=1), "http_options.prt"),
         (lambda file: file["grpc_options"].update(reflection=False), "grpc_options.reflection"),
         (lambda file: file["applications"][0].update(routeprefix="/"), "applications.0.routeprefix"),
+        (lambda file: override(file, max_ongoing_request=1), "applications.0.deployments.0.max_ongoing_request"),
         (
-            lambda file: file["applications"][0].update(deployments=[{"name": "meteora", "max_ongoing_request": 1}]),
-            "applications.0.deployments.0.max_ongoing_request",
+            lambda file: override(file, autoscaling_config={"max_replica": 2}),
+            "applications.0.deployments.0.autoscaling_config.max_replica",
+        ),
+        (
+            lambda file: override(file, autoscaling_config={"policy": {"kwargs": {}}}),
+            "applications.0.deployments.0.autoscaling_config.policy.kwargs",
+        ),
+        (
+            lambda file: override(file, ray_actor_options={"num_cpu": 1}),
+            "applications.0.deployments.0.ray_actor_options.num_cpu",
+        ),
+        (
+            lambda file: file["applications"][0].update(runtime_env={"env_var": {}}),
+            "applications.0.runtime_env.env_var",
         ),
     ],
 )
@@ -84,3 +105,48 @@ def test_files_that_deploy_something_else_are_refused(tmp_path: Path) -> None:
     path.write_text("applications: 5")
     with pytest.raises(InvalidRequest, match=r"serve\.yaml.*applications"):
         read_serve_file(path)
+    content = yaml.safe_load(CONFIG.read_text())
+    override(content, name="other")
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InvalidRequest, match="one deployment, meteora, not other"):
+        read_serve_file(path)
+
+
+def test_what_serve_cannot_import_is_refused() -> None:
+    content = yaml.safe_load(CONFIG.read_text())
+    override(content, autoscaling_config={"policy": {"policy_function": "nowhere:policy"}})
+    with pytest.raises(InvalidRequest, match="here: No module named 'nowhere'"):
+        parse_serve_config(yaml.safe_dump(content), "here")
+
+
+@pytest.mark.parametrize("key", ["logging_config", "tracing_config", "controller_options"])
+def test_serve_itself_refuses_unknown_keys_of_some_parts(key: str) -> None:
+    content = yaml.safe_load(CONFIG.read_text()) | {key: {"typo": 1}}
+    with pytest.raises(InvalidRequest, match=rf"here: {key}\.typo: Extra inputs"):
+        parse_serve_config(yaml.safe_dump(content), "here")
+
+
+def test_a_configuration_inside_manifests_is_read_as_strictly() -> None:
+    service = {"kind": "RayService", "spec": {"serveConfigV2": CONFIG.read_text()}}
+    manifests = [{"kind": "Namespace"}, service]
+    assert parse_serve_config(yaml.safe_dump_all(manifests), "here") == read_serve_file(CONFIG)
+    service["spec"] = {"serveConfigV2": CONFIG.read_text() + "\ntypo: 1\n"}
+    with pytest.raises(InvalidRequest, match="here: unknown keys typo"):
+        parse_serve_config(yaml.safe_dump_all(manifests), "here")
+    with pytest.raises(InvalidRequest, match="here: must be one configuration, or manifests with one RayService"):
+        parse_serve_config(yaml.safe_dump_all([*manifests, service]), "here")
+
+
+def test_more_replicas_keep_the_placement_of_each() -> None:
+    content = yaml.safe_load(CONFIG.read_text())
+    scaling = {"min_replicas": 2, "max_replicas": 4}
+    override(content, autoscaling_config=scaling, placement_group_strategy="STRICT_PACK")
+    parse_serve_config(yaml.safe_dump(content), "here")
+    schema = ServeDeploySchema.model_validate(content).applications[0]
+    deployment = build(schema.args)._bound_deployment
+    plain = DeploymentInfo(deployment._deployment_config, deployment._replica_config, 0, "job")
+    info = override_deployment_info({"meteora": plain}, schema)["meteora"]
+    assert info.replica_config.placement_group_bundles == [{"CPU": 1.0}, {"CPU": 0.8}]
+    assert info.replica_config.placement_group_strategy == "STRICT_PACK"
+    found = info.deployment_config.autoscaling_config
+    assert (found.min_replicas, found.max_replicas) == (2, 4)
