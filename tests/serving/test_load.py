@@ -14,10 +14,13 @@ from typing import Any, cast
 import grpc
 import pytest
 
+from meteora_dist.errors import InvalidRequest, Overloaded
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import CallFailed
 from meteora_dist.serving.http_api import create_api
+from meteora_dist.serving.keys import ANONYMOUS
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
+from meteora_dist.serving.request import TextRequest
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.asking import Ask, Context, P, ask_grpc, ask_http, bearer, both, grpc_of, http_of
@@ -145,6 +148,17 @@ async def test_time_spent_waiting_counts(tokenizer: TextTokenizer, make_service:
         assert (await ask_http(service)(None))[0] == "request_timeout"
         assert (engine.seen, service.admission.waiting) == ([], 0)
     assert await ask_http(service)(None) == ("yes", "")
+
+
+async def test_nothing_is_tokenized_for_who_would_be_refused(
+    tokenizer: TextTokenizer, make_service: MakeService
+) -> None:
+    service = make_service(says(tokenizer, "yes"), live=1)
+    async with service.admission.admitted("somebody", 1):
+        with pytest.raises(Overloaded):
+            await service.prepare(TextRequest(("Hi",)), ANONYMOUS)
+    with pytest.raises(InvalidRequest, match="asks for 2 answers, but this service generates 1 at once"):
+        await service.prepare(TextRequest(("Hi",), n=2), ANONYMOUS)
 
 
 async def test_one_caller_cannot_keep_the_others_out(
