@@ -119,7 +119,7 @@ def test_it_asks_for_keys_speaks_tls_and_ends_after_its_streams(
         for _ in range(6):
             assert events(client, 2)[-1] == "[DONE]"
         call = stub.GenerateStream(pb.GenerateRequest(prompt="Hi", sampling=GREEDY), metadata=metadata)
-        first = next(call).text
+        first = next(call).choice.text
         with client.stream("POST", "/v1/completions", json=body(LONG - 2)) as stream:
             received = stream.iter_lines()
             next(received)
@@ -131,7 +131,7 @@ def test_it_asks_for_keys_speaks_tls_and_ends_after_its_streams(
             rest = [line for line in received if line]
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
-        assert first + "".join(message.text for message in call)
+        assert first + "".join(message.choice.text for message in call)
         assert call.code() == grpc.StatusCode.OK
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output.strip()) == (0, ""), errors
