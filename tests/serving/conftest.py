@@ -14,7 +14,8 @@ from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.tokenizer import TextTokenizer
-from tests.serving.scripted import ScriptedEngine
+from tests.serving.asking import gate_of
+from tests.serving.scripted import ScriptedEngine, says
 
 MakeService = Callable[..., TextService]
 
@@ -35,3 +36,15 @@ def make_service(tokenizer: TextTokenizer, tiny_bank: Bank) -> MakeService:
         return TextService(engine, tokenizer, Catalog(tiny_bank.manifest), Limits(**numbers), gate)
 
     return make
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    """A gate for the callers of ``asking.ENTRIES``; the key of each is its name."""
+    return gate_of(tmp_path)
+
+
+@pytest.fixture
+def guarded(tokenizer: TextTokenizer, make_service: MakeService, gate: Gate) -> TextService:
+    """A service behind it that says yes."""
+    return make_service(says(tokenizer, "yes"), gate=gate)

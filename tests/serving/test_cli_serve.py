@@ -33,7 +33,7 @@ from meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc import InferenceSt
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-LONG = 1000
+LONG = 600
 GREEDY = pb.Sampling(temperature=0)
 
 
@@ -96,7 +96,7 @@ def test_it_asks_for_keys_speaks_tls_and_ends_after_its_streams(
     app = {
         "name": "meteora",
         "import_path": "meteora_dist.serving.app:build",
-        "args": {"model": str(tiny_base), "bank": str(tiny_bank.path), "max_model_len": LONG},
+        "args": {"model": str(tiny_base), "bank": str(tiny_bank.path), "max_model_len": LONG, "drain_s": 120},
     }
     options = {"port": http, "ssl_certfile": str(certificate), "ssl_keyfile": str(private)}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"http_options": options, "applications": [app]}))
@@ -119,19 +119,19 @@ def test_it_asks_for_keys_speaks_tls_and_ends_after_its_streams(
         for _ in range(6):
             assert events(client, 2)[-1] == "[DONE]"
         call = stub.GenerateStream(pb.GenerateRequest(prompt="Hi", sampling=GREEDY), metadata=metadata)
-        first = next(call).text
+        first = next(call).choice.text
         with client.stream("POST", "/v1/completions", json=body(LONG - 2)) as stream:
             received = stream.iter_lines()
             next(received)
             process.send_signal(signal.SIGTERM)
-            assert "finishing what is under way, for 30 s at most" in next(process.stdout)
+            assert "finishing what is under way, for 120 s at most" in next(process.stdout)
             while (late := client.post("/v1/completions", json=body(1))).status_code != 503:
                 assert late.status_code == 429, "both calls of the key are under way"
             assert late.json()["error"]["code"] == "engine_unavailable"
             rest = [line for line in received if line]
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
-        assert first + "".join(message.text for message in call)
+        assert first + "".join(message.choice.text for message in call)
         assert call.code() == grpc.StatusCode.OK
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output.strip()) == (0, ""), errors

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import grpc
 import pytest
 
@@ -15,26 +13,9 @@ from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
 from meteora_dist.serving.request import TextRequest, Turn
 from meteora_dist.serving.selection import Selection
 from meteora_dist.serving.tokenizer import TextTokenizer
+from tests.serving.asking import Context
 from tests.serving.conftest import MakeService
 from tests.serving.scripted import ScriptedEngine, says
-
-
-@dataclass
-class Context:
-    """Remembers the status; has an API key, or none."""
-
-    key: str | None = None
-    code: grpc.StatusCode | None = None
-    details: str = ""
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.code = code
-
-    def set_details(self, details: str) -> None:
-        self.details = details
-
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return [] if self.key is None else [("authorization", f"Bearer {self.key}")]
 
 
 def methods(make_service: MakeService, engine: ScriptedEngine) -> GrpcMethods:

@@ -72,6 +72,8 @@ def test_a_key_is_found_by_its_digest_alone(tmp_path: Path) -> None:
     assert found.name == "a"
     for wrong in ("", "Secret", "secret ", HASH):
         assert ring.find(wrong) is None
+    almost = HASH[:-1] + ("0" if HASH[-1] != "0" else "1")
+    assert Keyring(write(tmp_path / "almost", {"name": "a", "sha256": almost})).find("secret") is None
 
 
 def test_keys_are_replaced_without_a_restart_both_valid_meanwhile(tmp_path: Path) -> None:
