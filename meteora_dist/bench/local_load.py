@@ -77,14 +77,15 @@ def measure_load(
     """Loads a service of its own on this machine.
 
     Args:
-        config: The service; it takes ``plan.streams`` requests at a time, whatever this says, and all in one batch.
+        config: The service; whatever this says, it takes ``plan.streams`` requests at a time, all in one batch, and
+            refuses more of them at once.
         plan: What is sent.
         finished: Told of every request.
 
     Raises:
         EngineUnavailable: The service did not start.
     """
-    limits = {"max_live_requests": plan.streams, "max_batch_requests": plan.streams}
+    limits = {"max_live_requests": plan.streams, "max_batch_requests": plan.streams, "max_waiting_requests": 0}
     limited = ServiceConfig.model_validate(config.model_dump() | limits)
     with running_service(limited, free_port(), free_port()) as endpoints:
         return asyncio.run(_watched(plan, f"{endpoints.http}/v1", finished))

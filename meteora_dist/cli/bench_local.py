@@ -98,7 +98,8 @@ def frontend(
 
 
 def _config(model: Path | None, bank: Path, ep: int, threads: int) -> ServiceConfig:
-    return parse_config({"model": model or demo_model_dir(), "bank": bank, "ep": ep, "threads": threads})
+    settings = {"model": model or demo_model_dir(), "bank": bank, "ep": ep, "threads": threads, "access": "open"}
+    return parse_config(settings)
 
 
 def _missed(row: LoadRow, memory: Sequence[MemoryRow]) -> list[str]:

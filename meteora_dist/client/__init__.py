@@ -6,16 +6,29 @@ from meteora_dist.client.failures import CallFailed, CallTimedOut
 from meteora_dist.client.question import Message, Mode, Options, Prompt, Routing
 from meteora_dist.client.retry import Retry
 from meteora_dist.client.synchronous import Client
-from meteora_dist.errors import EngineUnavailable, ExpertNotFound, InvalidRequest, MeteoraError, Overloaded
+from meteora_dist.errors import (
+    BodyTooLarge,
+    EngineUnavailable,
+    ExpertNotFound,
+    Forbidden,
+    InvalidRequest,
+    MeteoraError,
+    Overloaded,
+    RateLimited,
+    RequestExpired,
+    Unauthenticated,
+)
 
 __all__ = [
     "Answer",
     "AsyncClient",
+    "BodyTooLarge",
     "CallFailed",
     "CallTimedOut",
     "Client",
     "EngineUnavailable",
     "ExpertNotFound",
+    "Forbidden",
     "InvalidRequest",
     "Message",
     "MeteoraError",
@@ -24,11 +37,14 @@ __all__ = [
     "Overloaded",
     "Piece",
     "Prompt",
+    "RateLimited",
     "Reply",
+    "RequestExpired",
     "Retry",
     "Routing",
     "RoutingTrace",
     "TokenLogprob",
     "TokenRouting",
+    "Unauthenticated",
     "Usage",
 ]

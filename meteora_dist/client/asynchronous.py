@@ -77,8 +77,11 @@ class AsyncClient:
 
         Raises:
             InvalidRequest: The service refuses the call, and says which field is at fault.
-            ExpertNotFound: It does not serve the model.
-            Overloaded: It had no room, in the last attempt either.
+            ExpertNotFound: It does not serve the model, or not to this key.
+            Unauthenticated: It does not know the key, or wants one.
+            Forbidden: The key does not allow the call.
+            Overloaded: It had no room, in the last attempt either; RateLimited, its kind, is about this key.
+            RequestExpired: The call took longer than the service gives one.
             EngineUnavailable: Its engine was away, in the last attempt either.
             CallTimedOut: The call was not over within ``timeout_s``.
             CallFailed: It cannot be reached, or answered something else.

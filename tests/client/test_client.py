@@ -25,7 +25,8 @@ from meteora_dist.client import (
     Usage,
 )
 from meteora_dist.client.failures import Failed, of_grpc, of_http
-from meteora_dist.errors import EngineUnavailable, ExpertNotFound, InvalidRequest
+from meteora_dist.errors import EngineUnavailable, ExpertNotFound, InvalidRequest, Unauthenticated
+from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import CallFailed as MethodFailed
 from meteora_dist.serving.grpc_api import GrpcMethods
 from meteora_dist.serving.http_api import create_api
@@ -94,14 +95,14 @@ async def connect(request: pytest.FixtureRequest, make_service: MakeService) -> 
     """Opens a client of a service over an engine."""
     async with AsyncExitStack() as stack:
 
-        async def make(engine: ScriptedEngine, live: int = 2, **more: Any) -> AsyncClient:
+        async def make(engine: ScriptedEngine, live: int = 2, gate: Gate | None = None, **more: Any) -> AsyncClient:
             if request.param == "http":
-                app = create_api(make_service(engine, live))
+                app = create_api(make_service(engine, live, gate))
                 transport = httpx.ASGITransport(app, raise_app_exceptions=False)
                 client = AsyncClient("http://test", http=transport, **more)
             else:
                 methods = GrpcMethods()
-                methods.service = make_service(engine, live)
+                methods.service = make_service(engine, live, gate)
                 client = AsyncClient(await serve(methods, stack), **more)
             return await stack.enter_async_context(client)
 
@@ -194,6 +195,13 @@ async def test_refusals_are_our_errors(connect: Connect, tokenizer: TextTokenize
         with pytest.raises(InvalidRequest, match="context holds 64"):
             await call("x" * 65, max_tokens=1)
     assert not engine.seen
+
+
+async def test_keys_are_checked(connect: Connect, tokenizer: TextTokenizer) -> None:
+    for key in (None, "wrong"):
+        client = await connect(says(tokenizer, "yes"), gate=Gate(None), api_key=key)
+        with pytest.raises(Unauthenticated, match="API key"):
+            await client.generate("Hi")
 
 
 async def test_a_busy_service_is_asked_again(connect: Connect, tokenizer: TextTokenizer) -> None:
