@@ -46,6 +46,7 @@ class LoadPlan:
         ignore_eos: Whether answers go on after their end up to ``answer_tokens``; not every endpoint knows that field.
         api_key: Sent with every request.
         timeout_s: Longest a request may take.
+        ramp_s: Seconds over which the callers begin, one after the other; 0 for all at once.
         seed: Of the prompts, which differ from each other.
     """
 
@@ -60,6 +61,7 @@ class LoadPlan:
     ignore_eos: bool = False
     api_key: str | None = None
     timeout_s: float = 300.0
+    ramp_s: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class Call:
 async def send(plan: LoadPlan, finished: Callable[[Call], None] = lambda call: None) -> list[Call]:
     """Sends the load; returns all its requests in the order in which they ended.
 
-    A caller who is refused comes back when it was told to, with its next request.
+    A caller who is refused comes back with its next request when it was told to, or up to half as late again.
 
     Args:
         plan: What to send.
@@ -134,15 +136,18 @@ async def send(plan: LoadPlan, finished: Callable[[Call], None] = lambda call: N
         trust_env=urlsplit(plan.url).hostname not in _LOOPBACK,
     ) as http:
 
-        async def caller() -> None:
+        async def caller(which: int) -> None:
+            await asyncio.sleep(plan.ramp_s * which / plan.concurrency)
             for number in numbers:
                 call = await _one(http, plan, plan.body(number))
                 calls.append(call)
                 finished(call)
                 if call.outcome != OK:
-                    await asyncio.sleep(min(call.retry_after_s or _PAUSE_S, _LONGEST_PAUSE_S))
+                    # Those who were refused together must not come back together.
+                    pause = min(call.retry_after_s or _PAUSE_S, _LONGEST_PAUSE_S)
+                    await asyncio.sleep(pause * random.uniform(1.0, 1.5))
 
-        await asyncio.gather(*(caller() for _ in range(plan.concurrency)))
+        await asyncio.gather(*map(caller, range(plan.concurrency)))
     return calls
 
 

@@ -14,6 +14,8 @@ from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.local import running_service
 
 _SAMPLE_S = 0.5
+_RAMP = 0.2
+"""Part of the warm-up in which callers begin, one after the other: how a service takes a storm is another question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class LocalLoadPlan:
             prompt_tokens=self.prompt_tokens,
             answer_tokens=self.answer_tokens,
             ignore_eos=True,
+            ramp_s=_RAMP * self.warm_up_s,
         )
 
 

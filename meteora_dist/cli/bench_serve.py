@@ -31,6 +31,7 @@ def serve(
     ignore_eos: Annotated[bool, typer.Option(help="Answers go on to their most tokens, where that is known.")] = False,
     api_key: Annotated[str | None, typer.Option(envvar="METEORA_API_KEY", help="Sent with every request.")] = None,
     timeout: Annotated[float, typer.Option(help="Most seconds of a request.", min=0.1)] = 300.0,
+    ramp: Annotated[float, typer.Option(help="Seconds over which the streams begin.", min=0)] = 0.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write a page of curves to this file (HTML).")] = None,
 ) -> None:
@@ -52,6 +53,7 @@ def serve(
         ignore_eos=ignore_eos,
         api_key=api_key,
         timeout_s=timeout,
+        ramp_s=ramp,
     )
     calls = run(plan)
     rows = report(calls)

@@ -122,6 +122,14 @@ def test_it_ends_when_its_time_is_over_and_when_nobody_is_there(
             LoadPlan(**{"url": url, "models": ("auto",), **wrong})  # type: ignore[arg-type]
 
 
+def test_callers_begin_one_after_the_other(make_service: MakeService, tokenizer: TextTokenizer) -> None:
+    with running(create_api(make_service(says(tokenizer, "yes"), live=3))) as url:
+        plan = LoadPlan(url, ("auto",), 3, requests=3, prompt_tokens=2, answer_tokens=2, ramp_s=0.6)
+        first, second, third = sorted(call.began for call in asyncio.run(send(plan)))
+    assert second - first > 0.15
+    assert third - second > 0.15
+
+
 def test_percentiles_are_of_the_nearest_rank() -> None:
     assert Percentiles.of([second / 1000 for second in range(1, 101)]) == Percentiles(50.0, 90.0, 99.0)
     assert Percentiles.of([0.002]) == Percentiles(2.0, 2.0, 2.0)
