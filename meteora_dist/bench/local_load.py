@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from meteora_cluster.member import free_port
-from meteora_dist.bench.load import Call, LoadPlan, send
+from meteora_dist.bench.load import OK, Call, LoadPlan, send
 from meteora_dist.bench.service_processes import ServiceProcesses
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.local import running_service
@@ -26,7 +26,8 @@ class LocalLoadPlan:
         models: Asked in turn.
         streams: Streams at a time: the service's limit.
         knocking: Callers beyond it, who are refused and come back.
-        warm_up_s: Seconds of load before memory is compared.
+        warm_up_s: Seconds of load before memory is compared; pages of the KV cache count from their first use, so it
+            should give every stream the time for a whole answer.
         duration_s: Seconds of load after that.
         prompt_tokens: Words of a prompt.
         answer_tokens: Tokens of an answer.
@@ -35,10 +36,10 @@ class LocalLoadPlan:
     models: tuple[str, ...] = ("auto",)
     streams: int = 64
     knocking: int = 16
-    warm_up_s: float = 30.0
+    warm_up_s: float = 60.0
     duration_s: float = 60.0
     prompt_tokens: int = 32
-    answer_tokens: int = 64
+    answer_tokens: int = 32
 
     def load(self, url: str) -> LoadPlan:
         """All of it, warm-up included."""
@@ -53,6 +54,12 @@ class LocalLoadPlan:
             ignore_eos=True,
             ramp_s=_RAMP * self.warm_up_s,
         )
+
+    def warmed_up(self, calls: Sequence[Call]) -> bool:
+        """Whether the warm-up was long enough: as many answers were whole at its end as there are streams."""
+        began = min(call.began for call in calls)
+        early = [call for call in calls if call.outcome == OK and call.ended - began <= self.warm_up_s]
+        return len(early) >= self.streams
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,16 +42,16 @@ def load(
     threads: _Threads = 1,
     streams: Annotated[int, typer.Option(help="Streams at a time, which is the service's limit.", min=1)] = 64,
     knocking: Annotated[int, typer.Option(help="Callers beyond the limit, who are refused.", min=0)] = 16,
-    warm_up: Annotated[float, typer.Option(help="Seconds of load before memory is compared.", min=0)] = 30.0,
+    warm_up: Annotated[float, typer.Option(help="Seconds of load before memory is compared.", min=0)] = 60.0,
     duration: Annotated[float, typer.Option(help="Seconds of load after that.", min=1)] = 60.0,
-    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 64,
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
     json_file: _JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="Also write a page of curves to this file (HTML).")] = None,
 ) -> None:
     """Load a local service to its limit and beyond: errors, time to refuse, growth of memory.
 
-    Exits with 1 when a request failed otherwise than with 429, 1 % of refusals took longer than 200 ms, or a part of
-    the service grew by more than 5 % after the warm-up.
+    Exits with 1 when a request failed otherwise than with 429, 1 % of refusals took longer than 200 ms, a part of the
+    service grew by more than 5 % after the warm-up, or the warm-up was too short to tell.
 
     Example: meteora bench load --streams 64 --duration 60 --json load.json
     """
@@ -69,7 +69,7 @@ def load(
         json_file.write_text(json.dumps(found, indent=1) + "\n")
     if plot is not None:
         plot.write_text(page(f"{streams} streams at a time and {knocking} callers more", calls))
-    if missed := _missed(rows[0], memory):
+    if missed := _missed(rows[0], memory, plan.warmed_up(calls)):
         Console().print(f"not reached: {'; '.join(missed)}", style="red")
         raise typer.Exit(1)
 
@@ -102,9 +102,10 @@ def _config(model: Path | None, bank: Path, ep: int, threads: int) -> ServiceCon
     return parse_config(settings)
 
 
-def _missed(row: LoadRow, memory: Sequence[MemoryRow]) -> list[str]:
+def _missed(row: LoadRow, memory: Sequence[MemoryRow], warmed_up: bool) -> list[str]:
     """What the load should have shown, and did not."""
-    missed = [f"{count} requests failed: {kind}" for kind, count in row.errors.items()]
+    missed = [] if warmed_up else ["a longer --warm-up is needed: not every stream had a whole answer at its end"]
+    missed += [f"{count} requests failed: {kind}" for kind, count in row.errors.items()]
     if row.reject_ms.p99 is not None and row.reject_ms.p99 > MOST_REJECT_MS:
         missed.append(f"p99 of a refusal is {row.reject_ms.p99:.0f} ms, above {MOST_REJECT_MS:.0f}")
     missed += [

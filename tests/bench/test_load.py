@@ -122,10 +122,17 @@ def test_it_ends_when_its_time_is_over_and_when_nobody_is_there(
             LoadPlan(**{"url": url, "models": ("auto",), **wrong})  # type: ignore[arg-type]
 
 
-def test_callers_begin_one_after_the_other(make_service: MakeService, tokenizer: TextTokenizer) -> None:
-    with running(create_api(make_service(says(tokenizer, "yes"), live=3))) as url:
-        plan = LoadPlan(url, ("auto",), 3, requests=3, prompt_tokens=2, answer_tokens=2, ramp_s=0.6)
-        first, second, third = sorted(call.began for call in asyncio.run(send(plan)))
+def test_callers_begin_one_after_the_other() -> None:
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def answer() -> Response:
+        await asyncio.sleep(1.0)
+        return StreamingResponse(iter(["data: [DONE]\n\n"]), media_type="text/event-stream")
+
+    with running(app) as url:
+        calls = asyncio.run(send(LoadPlan(url, ("any",), 3, requests=3, ramp_s=0.6)))
+    first, second, third = sorted(call.began for call in calls)
     assert second - first > 0.15
     assert third - second > 0.15
 

@@ -12,7 +12,7 @@ import pytest
 from meteora_dist.bank import Bank
 from meteora_dist.bench.load import Call
 from meteora_dist.bench.load_report import report
-from meteora_dist.bench.local_load import MemoryRow, memory_rows
+from meteora_dist.bench.local_load import LocalLoadPlan, MemoryRow, memory_rows
 from meteora_dist.cli.bench_local import _missed
 from meteora_dist.cli.main import main
 
@@ -26,14 +26,22 @@ def test_what_a_load_did_not_reach_is_named() -> None:
     flat, grown = MemoryRow("rank", 1, 100, 105, 0.05), MemoryRow("proxy", 1, 100, 106, 0.06)
     calls = [Call("auto", 0.0, 1.0, pieces=[0.5]), Call("auto", 0.0, 0.2, "429")]
     (row,) = report(calls)
-    assert _missed(row, [flat]) == []
+    assert _missed(row, [flat], True) == []
     (slow,) = report([*calls, Call("auto", 0.0, 0.3, "429"), Call("auto", 0.0, 1.0, "503")])
-    assert _missed(slow, [flat, grown]) == [
+    assert _missed(slow, [flat, grown], False) == [
+        "a longer --warm-up is needed: not every stream had a whole answer at its end",
         "1 requests failed: 503",
         "p99 of a refusal is 300 ms, above 200",
         "the proxy grew by 6.0%, more than 5%",
     ]
-    assert _missed(replace(row, errors={"503": 2}), []) == ["2 requests failed: 503"]
+    assert _missed(replace(row, errors={"503": 2}), [], True) == ["2 requests failed: 503"]
+
+
+def test_a_warm_up_gives_every_stream_an_answer() -> None:
+    plan = LocalLoadPlan(streams=2, warm_up_s=5.0)
+    calls = [Call("auto", 10.0, 12.0), Call("auto", 10.0, 10.1, "429"), Call("auto", 10.0, 15.0)]
+    assert plan.warmed_up(calls)
+    assert not plan.warmed_up([*calls[:2], Call("auto", 10.0, 15.5)])
 
 
 @pytest.mark.slow
