@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands there, against the demo bank on two ranks."""
+"""What the README and docs/client.md show is run as it stands there, against the demo bank on two ranks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.demo_model, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CLIENT = (ROOT / "docs" / "client.md").read_text()
 
 
-def blocks(language: str, containing: str) -> list[str]:
-    """The README's code blocks of a language that hold a text."""
-    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-    return [block for block in found if containing in block]
+def blocks(language: str, text: str) -> list[str]:
+    """The code blocks of a language in a text."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def here(code: str, service: Endpoints) -> str:
 
 
 def test_curl(service: Endpoints) -> None:
-    (command,) = blocks("bash", "curl")
+    (command,) = (block for block in blocks("bash", README) if "curl" in block)
     done = subprocess.run(["bash", "-c", here(command, service)], capture_output=True, text=True, timeout=120)
     answer = httpx.Response(200, content=done.stdout).json()
     choice = answer["choices"][0]
@@ -53,9 +53,8 @@ def test_curl(service: Endpoints) -> None:
     assert choice["routing"]["dominating"] == "object_counting"
 
 
-@pytest.mark.parametrize("client", ["openai", "grpc"])
-def test_python_clients(service: Endpoints, client: str) -> None:
-    (code,) = blocks("python", f"import {client}" if client == "grpc" else f"from {client} import")
+@pytest.mark.parametrize("code", blocks("python", README) + blocks("python", CLIENT), ids=lambda code: code.split()[1])
+def test_python_clients(service: Endpoints, code: str) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(here(code, service), "README.md", "exec"), {})

@@ -11,7 +11,8 @@ from itertools import zip_longest
 
 from meteora_cluster.member import free_port
 from meteora_dist.bench.chaos_callers import Callers, Question, Stream, connected
-from meteora_dist.bench.chaos_ranks import Fault, FragileServer, Target, register
+from meteora_dist.bench.chaos_ranks import Fault, FragileServer, harm
+from meteora_dist.bench.findable import Found, ranks
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.local import Endpoints, running_service
@@ -117,10 +118,10 @@ async def _one_fault(
     try:
         for number in range(plan.injections):
             await asyncio.sleep(dice.uniform(*plan.pause_s))
-            target = dice.choice(sorted(await _targets(), key=lambda target: target.rank))
+            target = dice.choice(await ranks())
             say(f"{fault} {number + 1} of {plan.injections}: rank {target.rank}")
             injected.append(time.monotonic())
-            await target.harm(fault)
+            await harm(target, fault)
             await asyncio.wait_for(_recovered(load, target), _RECOVERY_S)
     except TimeoutError:
         raise EngineUnavailable(f"no recovery within {_RECOVERY_S:.0f} s of a fault ({fault})") from None
@@ -165,14 +166,9 @@ class _Load:
         return [stream for streams in self.streams for stream in streams]
 
 
-async def _targets() -> list[Target]:
-    targets: list[Target] = await register().targets.remote()
-    return targets
-
-
-async def _recovered(load: _Load, harmed: Target) -> None:
+async def _recovered(load: _Load, harmed: Found) -> None:
     """Returns once the harmed rank has a successor, and every caller a token that came after it."""
-    while any(target.pid == harmed.pid for target in await _targets()):
+    while any(target.pid == harmed.pid for target in await ranks()):
         await asyncio.sleep(0.2)
     back = time.monotonic()
     while any(streams[-1].times[-1] < back for streams in load.streams):

@@ -46,6 +46,11 @@ COMMANDS = (
     Command(("bench", "decode"), "meteora_dist.cli.bench", "decode", "Measure tokens per second of decoding."),
     Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
     Command(("bench", "capacity"), "meteora_dist.cli.bench", "capacity", "Measure what the ranks of a mesh hold."),
+    Command(("bench", "serve"), "meteora_dist.cli.bench_serve", "serve", "Send load to any OpenAI endpoint."),
+    Command(
+        ("bench", "load"), "meteora_dist.cli.bench_local", "load", "Load a local service: errors, memory, refusals."
+    ),
+    Command(("bench", "frontend"), "meteora_dist.cli.bench_local", "frontend", "Measure what HTTP costs."),
     Command(
         ("bench", "chaos"), "meteora_dist.cli.bench_chaos", "chaos", "Harm ranks under load: what do callers lose?"
     ),

@@ -24,6 +24,8 @@ from peft import PeftModel
 
 from meteora_cluster.member import free_port
 from meteora_dist.bank import Bank
+from meteora_dist.client import Client, Usage
+from meteora_dist.errors import ExpertNotFound
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.local import Endpoints, running_service
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
@@ -136,6 +138,19 @@ def test_the_openai_client_chats_and_streams(client: openai.OpenAI) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
+
+
+def test_our_own_client_says_the_same_over_both(service: Endpoints, http: httpx.Client) -> None:
+    whole = greedy(http, "auto")
+    for url in (service.http, f"grpc://{service.grpc}"):
+        with Client(url) as ours:
+            assert ours.models() == MODELS
+            assert ours.generate(PROMPT, max_tokens=TOKENS, temperature=0).text == whole
+            pieces = list(ours.stream(PROMPT, max_tokens=TOKENS, temperature=0))
+            with pytest.raises(ExpertNotFound, match="no model 'nobody'"):
+                ours.generate(PROMPT, model="nobody")
+        assert "".join(piece.text for piece in pieces) == whole
+        assert pieces[-1].usage == Usage(len(PROMPT), TOKENS)
 
 
 def test_a_mixed_batch_answers_as_each_request_alone(http: httpx.Client) -> None:
