@@ -25,7 +25,10 @@ from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.server import Server, open_model
 
-SERVICER = "meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
+SERVICERS = (
+    "meteora_dist.serving.proto.meteora.v1.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
 
 _APP = "meteora"
 _REQUEST_TIMEOUT_S = 600.0
@@ -128,7 +131,7 @@ def _deploy(app: Application, http_port: int, grpc_port: int, host: str, tls: Tl
         ),
         grpc_options=gRPCOptions(
             port=grpc_port,
-            grpc_servicer_functions=[SERVICER],
+            grpc_servicer_functions=list(SERVICERS),
             request_timeout_s=_REQUEST_TIMEOUT_S,
             enable_reflection=False,
         ),

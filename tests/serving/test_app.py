@@ -12,7 +12,7 @@ from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.app import build
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.config_file import read_serve_file, unknown_keys
-from meteora_dist.serving.local import SERVICER
+from meteora_dist.serving.local import SERVICERS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "serve_config.yaml"
@@ -49,7 +49,7 @@ def test_the_shipped_file_deploys_two_ranks_on_two_cpus() -> None:
     assert (file.http_port, file.grpc_port, file.service.ep) == (8000, 9000, 2)
     assert file.service.bank == Path.cwd() / "examples" / "bank"
     assert file.service.replica_cpus + 2 * file.service.rank_cpus <= 2
-    assert yaml.safe_load(CONFIG.read_text())["grpc_options"]["grpc_servicer_functions"] == [SERVICER]
+    assert yaml.safe_load(CONFIG.read_text())["grpc_options"]["grpc_servicer_functions"] == list(SERVICERS)
 
 
 @pytest.mark.parametrize(
