@@ -115,6 +115,15 @@ class LockstepManager(ContinuousBatchingManager):
         """Seconds since the loop began its latest step, or None while it sleeps for want of work."""
         return None if self._asleep else time.monotonic() - self._stepped
 
+    def load(self) -> tuple[int, int, float]:
+        """Requests in the batches, requests that wait for room, and the part of the KV cache that is taken."""
+        processor = self.batch_processor
+        if processor is None:
+            return 0, self.input_queue.qsize(), 0.0
+        scheduler = processor.scheduler
+        waiting = len(scheduler.waiting_requests) + self.input_queue.qsize()
+        return len(scheduler.active_requests), waiting, 1.0 - processor.cache.compute_free_capacity()
+
     def wait(self) -> None:
         """Blocks for as long as the loop runs."""
         if self._generation_thread is not None:

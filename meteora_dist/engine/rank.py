@@ -18,6 +18,7 @@ from meteora_dist.engine.grammar import Grammars
 from meteora_dist.engine.lockstep import BACKENDS, COLLECTIVE_TIMEOUT, join
 from meteora_dist.engine.manager import LockstepManager, Notes
 from meteora_dist.engine.mesh import Mesh
+from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
 from meteora_dist.engine.sampler import RequestSampler
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
@@ -29,7 +30,7 @@ from meteora_dist.moe.residency import Residency
 from meteora_dist.moe.routed_model import Place, RoutedModel
 from meteora_dist.moe.shared_swap import quickest_swap
 from meteora_dist.moe.swap import GroupSwap
-from meteora_dist.moe.wire import Wire
+from meteora_dist.moe.wire import EXCHANGE_KINDS, Wire
 
 KV_PAGE_TOKENS = 64
 """Tokens of a page of the KV cache."""
@@ -75,6 +76,7 @@ class RankEngine:
         self.generation_config = _generation_config(self.routed.model)
         self._max_len = config.max_model_len
         self._live: dict[str, _Live] = {}
+        self._last_weighed: tuple[Holdings, Resident] | None = None
         vocabulary = self.routed.model.config.get_text_config().vocab_size
         self._grammars = Grammars(config.model, vocabulary, self._eos())
         self._manager = LockstepManager(
@@ -167,10 +169,28 @@ class RankEngine:
         """Memory this rank uses for the bank."""
         return self.routed.resident
 
-    @property
-    def loads(self) -> dict[str, int]:
-        """How often tokens of this rank's requests were routed to each adapter, by digest, for every linear."""
-        return self.routed.loads
+    def report(self) -> RankReport:
+        """How it is; for any thread. Nothing is counted anew for it, and the loop does not notice."""
+        active, waiting, cache_used = self._manager.load()
+        resident, wire = self._weighed(), self.routed.wire
+        return RankReport(
+            expert_bytes=resident.expert_bytes,
+            gate_bytes=resident.gate_bytes,
+            loads=self.routed.loads,
+            linears=self.routed.newest.num_linears,
+            active=active,
+            waiting=waiting,
+            cache_used=cache_used,
+            exchanged_bytes={kind: wire.bytes(kind) for kind in EXCHANGE_KINDS},
+            exchange_s={kind: wire.seconds_in(kind) for kind in EXCHANGE_KINDS},
+        )
+
+    def _weighed(self) -> Resident:
+        """What ``resident`` is, worked out once for what is held: there are thousands of tensors to look at."""
+        held = self.routed.holdings
+        if self._last_weighed is None or self._last_weighed[0] is not held:
+            self._last_weighed = held, self.resident
+        return self._last_weighed[1]
 
     def stalled_s(self) -> float | None:
         """Seconds since the loop began its latest step; None while it sleeps for want of work."""

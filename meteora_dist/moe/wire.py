@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 ExchangeKind = Literal["dispatch", "combine", "rank_space", "gate_logits", "sizes"]
+EXCHANGE_KINDS: tuple[ExchangeKind, ...] = get_args(ExchangeKind)
 
 
 class Wire:
@@ -17,27 +18,33 @@ class Wire:
     What stays on the rank does not count, nor does what the base model exchanges by itself. ``dispatch`` are token
     rows with ids and weights on their way to experts, ``combine`` their deltas on the way back, ``rank_space`` and
     ``gate_logits`` what a tp group adds up, counted once however many ranks take part, and ``sizes`` how many rows
-    each rank is about to receive.
-
-    Attributes:
-        seconds: This rank's time in all of these exchanges, waiting for the other ranks included. On a GPU it is only
-            the time of the calls, which do not wait.
+    each rank is about to receive. Time includes waiting for the other ranks; on a GPU it is only that of the calls,
+    which do not wait.
     """
 
     def __init__(self) -> None:
         """Starts at zero."""
         self._bytes: Counter[ExchangeKind] = Counter()
         self._rows: Counter[ExchangeKind] = Counter()
-        self.seconds = 0.0
+        self._seconds: dict[ExchangeKind, float] = dict.fromkeys(EXCHANGE_KINDS, 0.0)
 
     @contextmanager
     def count(self, kind: ExchangeKind, rows: int, nbytes: int) -> Iterator[None]:
         """Counts the exchange inside, of ``rows`` rows that take ``nbytes`` together."""
         started = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - started
+        self._seconds[kind] += time.perf_counter() - started
         self._bytes[kind] += nbytes
         self._rows[kind] += rows
+
+    @property
+    def seconds(self) -> float:
+        """This rank's time in all exchanges so far."""
+        return sum(self._seconds.values())
+
+    def seconds_in(self, kind: ExchangeKind) -> float:
+        """This rank's time in exchanges of one kind so far."""
+        return self._seconds[kind]
 
     def bytes(self, kind: ExchangeKind) -> int:
         """Bytes handed over so far."""

@@ -20,31 +20,31 @@ class AdminMethods(GrpcMethods):
 
     async def AddExpert(self, request: pb.PutExpertRequest, grpc_context: GrpcContext) -> pb.BankChange:
         """Adds an expert."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("AddExpert", request, grpc_context) as caller:
             expected = given(request, "generation")
             return _change(await self.admin.add(caller, request.name, request.adapter, expected))
 
     async def ReplaceExpert(self, request: pb.PutExpertRequest, grpc_context: GrpcContext) -> pb.BankChange:
         """Puts another adapter in the place of an expert's."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("ReplaceExpert", request, grpc_context) as caller:
             expected = given(request, "generation")
             return _change(await self.admin.replace(caller, request.name, request.adapter, expected))
 
     async def RemoveExpert(self, request: pb.RemoveExpertRequest, grpc_context: GrpcContext) -> pb.BankChange:
         """Removes an expert."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("RemoveExpert", request, grpc_context) as caller:
             return _change(await self.admin.remove(caller, request.name, given(request, "generation")))
 
     async def ValidateExpert(self, request: pb.PutExpertRequest, grpc_context: GrpcContext) -> pb.ExpertDescription:
         """Checks an adapter without loading it."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("ValidateExpert", request, grpc_context) as caller:
             return _described(await self.admin.validate(caller, request.name, request.adapter))
 
     async def DescribeExperts(
         self, request: pb.DescribeExpertsRequest, grpc_context: GrpcContext
     ) -> pb.DescribeExpertsResponse:
         """Describes the experts as they are served now."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("DescribeExperts", request, grpc_context) as caller:
             experts = await self.admin.list(caller)
             return pb.DescribeExpertsResponse(
                 generation=self.admin.manifest.generation, experts=[_status(expert) for expert in experts]
@@ -52,7 +52,7 @@ class AdminMethods(GrpcMethods):
 
     async def Rebalance(self, request: pb.RebalanceRequest, grpc_context: GrpcContext) -> pb.RebalanceResponse:
         """Evens out the load of the groups."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("Rebalance", request, grpc_context) as caller:
             return pb.RebalanceResponse(moved=await self.admin.rebalance(caller))
 
 

@@ -55,6 +55,8 @@ class ServiceConfig(EngineConfig):
         generations: Folder in which the service keeps the generations of the bank that changes of the experts make;
             every rank must see it. None for one beside the bank, with its name and ``-generations``, where a
             generation shares unchanged files with the bank by hard links. It belongs to one replica.
+        metrics_interval_s: Seconds between two looks at what the ranks count.
+        max_expert_labels: Most experts that metrics name; those of all others are added up as ``other``.
     """
 
     access: Literal["keys", "open"] = "keys"
@@ -80,6 +82,8 @@ class ServiceConfig(EngineConfig):
     rebuild_wait_s: NonNegativeFloat = 30.0
     standby: bool = False
     generations: Path | None = None
+    metrics_interval_s: PositiveFloat = 5.0
+    max_expert_labels: NonNegativeInt = 512
 
     @field_validator("model", "bank")
     @classmethod

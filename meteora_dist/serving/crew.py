@@ -15,11 +15,12 @@ from ray.util.placement_group import PlacementGroup
 from meteora_cluster.group import ActorGroup
 from meteora_cluster.standby import Standby
 from meteora_cluster.waiting import value
+from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, MeteoraError
 from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.config import ServiceConfig
-from meteora_dist.serving.ranks import RankActor, RankReport
+from meteora_dist.serving.ranks import RankActor
 
 _SPARE_CALLS = 16
 """Calls a rank serves beside requests: starting, watching, answering questions."""
@@ -171,7 +172,7 @@ class Crew:
         await self._ask_all(lambda actor: actor.commit.remote(number))
 
     async def reports(self) -> list[RankReport]:
-        """What each rank says of its part of the bank; raises RankLost."""
+        """What each rank says of itself; raises RankLost."""
         return await self._ask_all(lambda actor: actor.report.remote())
 
     async def end(self) -> str:

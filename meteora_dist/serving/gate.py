@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, RateLimited, Unauthenticated
+from meteora_dist.observability.calls import current_call
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.keys import ANONYMOUS, Caller, Clock, Keyring
 
@@ -94,9 +95,9 @@ class Gate:
             Unauthenticated: It has no key, or an unknown one.
             RateLimited: Its key has used up its calls.
         """
-        if self._closed:
-            raise EngineUnavailable("this replica of the service is going out of service: try again")
+        self.check()
         caller = self._identify(authorization)
+        current_call().key = caller.name
         self._demand_room(caller)
         self._calls[caller.name] += 1
         self._empty.clear()
@@ -107,6 +108,11 @@ class Gate:
             self._calls += Counter()  # drops the zeros
             if not self._calls:
                 self._empty.set()
+
+    def check(self) -> None:
+        """Raises EngineUnavailable when the gate is closed."""
+        if self._closed:
+            raise EngineUnavailable("this replica of the service is going out of service: try again")
 
     @property
     def calls(self) -> int:

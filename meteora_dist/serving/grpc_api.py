@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from meteora_dist.engine.request import Sampling
 from meteora_dist.errors import InvalidRequest
+from meteora_dist.observability.calls import current_call
 from meteora_dist.serving.json_grammar import json_grammar
 from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
@@ -58,8 +59,11 @@ class GrpcContext(Protocol):
     def set_details(self, details: str) -> None:
         """Sets the message."""
 
-    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
         """What the caller sent beside the message."""
+
+    def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        """What goes back after the answer; Serve has put its ``request_id`` there."""
 
 
 class CallFailed(Exception):
@@ -77,7 +81,7 @@ class GrpcMethods:
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: GrpcContext) -> pb.GenerateResponse:
         """Answers in one message."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("Generate", request, grpc_context) as caller:
             prepared = await self.service.prepare(text_request(request), caller)
             async with aclosing(self.service.pieces(prepared)) as pieces:
                 answers = await collect(pieces, len(prepared.answers))
@@ -93,7 +97,7 @@ class GrpcMethods:
         self, request: pb.GenerateRequest, grpc_context: GrpcContext
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Answers piece by piece."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("GenerateStream", request, grpc_context) as caller:
             prepared = await self.service.prepare(text_request(request), caller)
             endings: dict[int, Ending] = {}
             async with aclosing(self.service.pieces(prepared)) as pieces:
@@ -112,7 +116,7 @@ class GrpcMethods:
 
     async def ListExperts(self, request: pb.ListExpertsRequest, grpc_context: GrpcContext) -> pb.ListExpertsResponse:
         """Lists the experts."""
-        with self._call(request, grpc_context) as caller:
+        with self._call("ListExperts", request, grpc_context) as caller:
             manifest = self.service.catalog.manifest
             experts = [
                 pb.Expert(name=expert.name, rank=expert.rank, alpha=expert.alpha, rslora=expert.rslora)
@@ -127,9 +131,14 @@ class GrpcMethods:
             )
 
     @contextmanager
-    def _call(self, request: Message, context: GrpcContext) -> Iterator[Caller]:
+    def _call(self, method: str, request: Message, context: GrpcContext) -> Iterator[Caller]:
         """One call: yields who calls, once gate and size allow it; errors set the status and raise CallFailed."""
-        with _status(context), self.service.gate.enter(_authorization(context)) as caller:
+        carried = _carried(context)
+        with (
+            self.service.observer.call("grpc", method, carried),
+            _status(context),
+            self.service.gate.enter(carried.get("authorization")) as caller,
+        ):
             self.service.limits.check_size(request.ByteSize())
             yield caller
 
@@ -165,8 +174,8 @@ def given(message: Any, field: str) -> Any:
 
 
 def _sampling(message: pb.Sampling) -> Sampling:
-    given = {name: value for name in _SAMPLING if (value := given(message, name)) is not None}
-    return Sampling(**{"temperature": 1.0} | given, logit_bias=tuple(sorted(message.logit_bias.items())))
+    fields = {name: value for name in _SAMPLING if (value := given(message, name)) is not None}
+    return Sampling(**{"temperature": 1.0} | fields, logit_bias=tuple(sorted(message.logit_bias.items())))
 
 
 def _mode(mode: pb.Mode) -> str | None:
@@ -205,8 +214,11 @@ def _prompts(message: pb.GenerateRequest) -> tuple[Prompt, ...]:
     return (tuple(Turn(turn.role, turn.content) for turn in message.chat.messages),)
 
 
-def _authorization(context: GrpcContext) -> str | None:
-    return next((value for key, value in context.invocation_metadata() if key == "authorization"), None)
+def _carried(context: GrpcContext) -> dict[str, str]:
+    """The metadata that are text, the first of each name; without an ``x-request-id``, Serve's own is that."""
+    metadata = [*context.invocation_metadata()]
+    metadata += [("x-request-id", value) for key, value in context.trailing_metadata() if key == "request_id"]
+    return {key: value for key, value in reversed(metadata) if isinstance(value, str)}
 
 
 @contextmanager
@@ -216,6 +228,7 @@ def _status(context: GrpcContext) -> Iterator[None]:
         yield
     except Exception as error:
         failure = failure_of(error)
+        current_call().failed(failure.status.http, failure.status.code)
         if failure.status is INTERNAL:
             logger.error("a call failed", exc_info=error)
         context.set_code(failure.status.grpc)

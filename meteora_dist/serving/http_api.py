@@ -11,14 +11,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
 from meteora_dist import __version__
 from meteora_dist.errors import MeteoraError
+from meteora_dist.observability.calls import current_call
 from meteora_dist.serving.admin import AdminService
 from meteora_dist.serving.admin_http import admin_routes
 from meteora_dist.serving.http_guard import Guard, caller_of, failure_response
 from meteora_dist.serving.keys import Caller
+from meteora_dist.serving.observed import Observed
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
 from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
 from meteora_dist.serving.request import Ending, Piece, collect, usage_of
@@ -27,20 +30,24 @@ from meteora_dist.serving.status import METHOD_NOT_ALLOWED, NO_SUCH_ROUTE, Failu
 
 logger = logging.getLogger(__name__)
 
+# FastAPI's own spans and logs would have what callers write into a query, and the text of exceptions.
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def create_api(service: TextService, admin: AdminService | None = None) -> FastAPI:
     """The application: every answer is JSON or a stream of server-sent events, every error an OpenAI error object.
 
-    Everything but ``/healthz`` lies behind the service's gate.
+    Everything but the probes lies behind the service's gate.
 
     Args:
         service: What answers.
         admin: Administers its experts, below ``/admin``; None where nobody may.
     """
-    api = FastAPI(title="meteora", version=__version__, docs_url=None, redoc_url=None)
+    api = FastAPI(title="meteora", version=__version__, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     api.add_middleware(Guard, gate=service.gate, limits=service.limits)
+    # Around the guard: it sees what that refuses.
+    api.add_middleware(Observed, observer=service.observer)
     started = int(time())
 
     @api.post("/v1/completions", openapi_extra=_body(CompletionBody))
@@ -62,8 +69,13 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
         return _model(name, started)
 
     @api.get("/healthz")
-    async def healthz() -> Json:
+    @api.get("/readyz")
+    async def ready() -> Json:
         service.check()
+        return {"status": "ok"}
+
+    @api.get("/livez")
+    async def alive() -> Json:
         return {"status": "ok"}
 
     if admin is not None:
@@ -125,6 +137,7 @@ def _body(model: type[CompletionBody] | type[ChatBody]) -> dict[str, Any]:
 
 def _failure(error: Exception) -> Failure:
     failure = failure_of(error)
+    current_call().failed(failure.status.http, failure.status.code)
     if failure.status.http == HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("a request failed", exc_info=error)
     return failure
@@ -143,4 +156,5 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         failure = Failure(METHOD_NOT_ALLOWED, f"{url} does not take {method}")
     else:
         return await _on_error(request, error)
+    current_call().failed(failure.status.http, failure.status.code)
     return JSONResponse(failure.body(), failure.status.http, dict(error.headers or {}))

@@ -11,13 +11,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meteora_dist.errors import MeteoraError
+from meteora_dist.observability.calls import current_call
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.status import Failure, failure_of
 
-PUBLIC_PATHS = frozenset({"/healthz"})
-"""What answers without a key."""
+PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/livez"})
+"""What answers without a key: probes."""
 
 _DIGITS = 20
 """Of a length that are worth reading: more is too much whatever it is."""
@@ -47,7 +48,9 @@ class Guard:
                 if reply.in_parts:
                     await _taken(receive, ends)
         except MeteoraError as error:
-            await failure_response(failure_of(error))(scope, receive, send)
+            failure = failure_of(error)
+            current_call().failed(failure.status.http, failure.status.code)
+            await failure_response(failure)(scope, receive, send)
 
 
 def caller_of(request: Request) -> Caller:

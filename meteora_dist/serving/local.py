@@ -26,10 +26,11 @@ from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.server import Server, open_model
 
 _PROTO = "meteora_dist.serving.proto.meteora.v1"
-SERVICERS = [
+SERVICERS = (
     f"{_PROTO}.inference_pb2_grpc.add_InferenceServicer_to_server",
     f"{_PROTO}.admin_pb2_grpc.add_AdminServicer_to_server",
-]
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
 
 _APP = "meteora"
 _REQUEST_TIMEOUT_S = 600.0
@@ -132,7 +133,7 @@ def _deploy(app: Application, http_port: int, grpc_port: int, host: str, tls: Tl
         ),
         grpc_options=gRPCOptions(
             port=grpc_port,
-            grpc_servicer_functions=SERVICERS,
+            grpc_servicer_functions=list(SERVICERS),
             request_timeout_s=_REQUEST_TIMEOUT_S,
             enable_reflection=False,
         ),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from meteora_cluster.member import Member
 from meteora_dist.engine.config import EngineConfig
+from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.residency import Residency
@@ -23,22 +23,6 @@ if TYPE_CHECKING:
 
 _STANDBY_NICE = 10
 """Of what standby processes import: a tenth of the time of a core that a rank keeps busy, all of an idle one."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankReport:
-    """What a rank says of its part of the bank.
-
-    Attributes:
-        expert_bytes: Memory of its part of the experts.
-        gate_bytes: Memory of the gates of all live generations.
-        loads: How often tokens of its own requests were routed to each adapter, by digest, once for every linear,
-            since the rank started; ranks of a tp group count the same.
-    """
-
-    expert_bytes: int
-    gate_bytes: int
-    loads: Mapping[str, int]
 
 
 class RankActor(Member):
@@ -100,18 +84,13 @@ class RankActor(Member):
         self._running().discard(number)
 
     async def report(self) -> RankReport:
-        """What it holds of the bank, and how much of it was used."""
-        return await asyncio.to_thread(_report, self._running())
+        """How it is; see ``RankEngine.report``."""
+        return await asyncio.to_thread(self._running().report)
 
     def _running(self) -> RankEngine:
         if self._engine is None:
             raise EngineUnavailable("this rank has not started yet")
         return self._engine
-
-
-def _report(engine: RankEngine) -> RankReport:
-    resident = engine.resident
-    return RankReport(resident.expert_bytes, resident.gate_bytes, engine.loads)
 
 
 def _import_engine(nice: int) -> None:

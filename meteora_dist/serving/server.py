@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import ClassVar
 
 from fastapi import FastAPI
@@ -11,6 +12,9 @@ from ray.util import get_current_placement_group
 from meteora_dist.bank import Bank
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.residency import Residency
+from meteora_dist.observability.calls import Observer
+from meteora_dist.observability.logs import log_json
+from meteora_dist.observability.ranks import RankMeter, Serving
 from meteora_dist.serving.admin import AdminService
 from meteora_dist.serving.admin_grpc import AdminMethods
 from meteora_dist.serving.catalog import Catalog
@@ -18,15 +22,18 @@ from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.experts import ExpertAdmin
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.generations import Generations
+from meteora_dist.serving.grpc_health import HealthMethods
 from meteora_dist.serving.http_api import create_api
 from meteora_dist.serving.ranks import RankActor
+from meteora_dist.serving.ray_metrics import RayRecorder
+from meteora_dist.serving.rounds import Rounds
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.sources import Sources
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.world import World
 
 
-class Server(AdminMethods):
+class Server(AdminMethods, HealthMethods):
     """The class behind the Serve deployment; plain, so that it runs without Serve as well.
 
     Attributes:
@@ -47,19 +54,27 @@ class Server(AdminMethods):
             CheckpointError: The model, the bank or the keys file cannot be used.
             ClusterError: The ranks could not be placed or did not start.
         """
+        log_json(sys.stderr)
         gate, sources = Gate.of(config), Sources(config.expert_roots)
         bank, tokenizer = await asyncio.to_thread(open_model, config)
         generations = Generations(config.bank, config.generations_folder)
         await asyncio.to_thread(generations.tidy)
         residency = Residency.of(bank, config.ep)
         self._world = await World.launch(config, residency, get_current_placement_group(), self.member)
-        self.service = TextService(self._world, tokenizer, Catalog(bank.manifest), config.limits, gate)
+        observer = Observer(RayRecorder())
+        self.service = TextService(self._world, tokenizer, Catalog(bank.manifest), config.limits, gate, observer)
         self.experts = ExpertAdmin(self._world, self.service, generations, bank)
         self.admin = AdminService(self.experts, sources)
+        meter = RankMeter(observer.recorder, config.mesh, config.max_expert_labels)
+        self._rounds = Rounds(self._world, self.service, meter, self._serving, config.metrics_interval_s)
+        self._rounds.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP application; Serve calls this after the constructor."""
         return create_api(self.service, self.admin)
+
+    def _serving(self) -> Serving:
+        return Serving(self.experts.manifest, self._world.residency)
 
     async def check_health(self) -> None:
         """Raises when lost ranks could not be rebuilt, with the cause: Serve then replaces this replica."""

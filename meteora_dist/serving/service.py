@@ -15,6 +15,7 @@ from uuid import uuid4
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import InvalidRequest, PromptTooLong, RequestExpired
 from meteora_dist.moe.routing import named
+from meteora_dist.observability.calls import Call, Observer, current_call
 from meteora_dist.serving.admission import Admission
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.gate import Gate
@@ -55,6 +56,7 @@ class Prepared:
         caller: Whose it is.
         answers: What the engine is asked for, by the answers' indices, but for bank generation and routing: those are
             chosen when the call starts.
+        call: What is seen of it.
         created: When, in seconds of the Unix epoch.
         expires: When it must have ended, in seconds of the event loop's clock.
     """
@@ -63,6 +65,7 @@ class Prepared:
     asked: TextRequest
     caller: Caller
     answers: tuple[GenerationRequest, ...]
+    call: Call
     created: int
     expires: float
 
@@ -86,10 +89,20 @@ class TextService:
         gate: What calls pass before they come here.
         admission: Where they wait for the engine.
         requests: How many calls have chosen each expert by name or in a blend.
+        observer: Watches them.
     """
 
-    def __init__(self, engine: Engine, tokenizer: TextTokenizer, catalog: Catalog, limits: Limits, gate: Gate) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        catalog: Catalog,
+        limits: Limits,
+        gate: Gate,
+        observer: Observer | None = None,
+    ) -> None:
         self.catalog = catalog
+        self.observer = observer or Observer()
         self.limits = limits
         self.gate = gate
         self.admission = Admission(limits.max_live_requests, limits.max_waiting_requests)
@@ -99,6 +112,7 @@ class TextService:
 
     def check(self) -> None:
         """Raises EngineUnavailable when no request can be answered."""
+        self.gate.check()
         self._engine.check()
 
     async def prepare(self, request: TextRequest, caller: Caller) -> Prepared:
@@ -114,6 +128,8 @@ class TextService:
         check_ranges(request)
         self.limits.check(request)
         self.catalog.check(request.selection.models, caller)
+        call = current_call()
+        call.asks(request.model, request.selection.mode)
         # Tokenizing a long prompt is work as well: not for a call that would be refused after it.
         self.admission.check(caller.name, len(request.prompts) * request.n)
         expires = asyncio.get_running_loop().time() + self.limits.max_request_s
@@ -121,14 +137,15 @@ class TextService:
         prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(prompt) for prompt in request.prompts])
         rooms = [self._room(request, prompt, len(ids)) for prompt, ids in zip(request.prompts, prompts, strict=True)]
         seed = SystemRandom().getrandbits(63) if request.seed is None else request.seed
-        call = uuid4().hex
+        call.completion_id = uuid4().hex
+        call.reads(sum(map(len, prompts)))
         answers = tuple(
             GenerationRequest(
-                request_id=f"{call}-{number * request.n + answer}",
+                request_id=f"{call.completion_id}-{number * request.n + answer}",
                 prompt_ids=ids,
                 max_tokens=room,
                 sampling=replace(request.sampling, seed=(seed + answer * _SEED_STEP) % 2**63),
-                trace=request.trace,
+                trace=request.trace or call.traced,
                 ignore_eos=request.ignore_eos,
                 top_logprobs=request.top_logprobs,
                 grammar=request.grammar,
@@ -136,7 +153,7 @@ class TextService:
             for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True))
             for answer in range(request.n)
         )
-        return Prepared(call, request, caller, answers, int(time()), expires)
+        return Prepared(call.completion_id, request, caller, answers, call, int(time()), expires)
 
     async def pieces(self, prepared: Prepared) -> AsyncGenerator[Piece, None]:
         """Generates all answers; the last piece of each has its ending. Closing the generator cancels them.
@@ -152,6 +169,7 @@ class TextService:
         place = self.admission.admitted(prepared.caller.name, prepared.cost, len(prepared.answers))
         async with AsyncExitStack() as stack:
             ticket = await self._in_time(prepared, stack.enter_async_context(place))
+            prepared.call.admitted()
             ticket.spent = prepared.prompt_tokens
             catalog = self.catalog
             stack.enter_context(self._engine.using(catalog.manifest.generation))
@@ -211,10 +229,13 @@ class TextService:
         seen = [number for number, expert in enumerate(catalog.experts) if prepared.caller.sees(expert)]
         names = tuple(catalog.experts[number] for number in seen)
         transcript = Transcript(request, self._tokenizer, prepared.asked.stop, names, index)
+        watch = prepared.call.answer(catalog.experts)
         async with aclosing(self._engine.generate(request)) as events:
             while True:
                 event = await self._in_time(prepared, anext(events))
-                piece = transcript.push(_shown(event, seen))
+                watch.token(event.shares)
+                # Shares may be there for the call's span alone.
+                piece = transcript.push(_shown(event, seen) if prepared.asked.trace else replace(event, shares=None))
                 yield piece
                 if piece.ending is not None:
                     return

@@ -12,13 +12,15 @@ from typing import Literal
 
 from ray.util.placement_group import PlacementGroup
 
+from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.residency import Residency
+from meteora_dist.observability.ranks import Losses
 from meteora_dist.serving.background import Background
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.crew import Blueprint, Crew, RankLost
-from meteora_dist.serving.ranks import RankActor, RankReport
+from meteora_dist.serving.ranks import RankActor
 from meteora_dist.serving.uses import Uses
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class World:
         blueprint: What the next crew is launched from; its residency is replaced when a change of it is decided.
         residency: What the ranks hold, every one of them.
         failure: Why the world has failed, for the operator; None while it serves or is being rebuilt.
+        losses: What became of its ranks so far.
     """
 
     def __init__(self, crew: Crew, blueprint: Blueprint) -> None:
@@ -46,6 +49,7 @@ class World:
         self._background = Background()
         self._standby = blueprint.standby()
         self.failure: str | None = None
+        self.losses = Losses()
         self._crew: asyncio.Future[Crew] = asyncio.get_running_loop().create_future()
         self._crew.set_result(crew)
         self._keeper = asyncio.ensure_future(self._keep(crew))
@@ -130,7 +134,7 @@ class World:
         await self._uses.none(generation)
 
     async def reports(self) -> list[RankReport]:
-        """What each rank says of its part of the bank, in rank order; raises EngineUnavailable."""
+        """What each rank says of itself, in rank order; raises EngineUnavailable."""
         crew = await self._serving(self.blueprint.config.rebuild_wait_s)
         try:
             return await crew.reports()
@@ -216,11 +220,14 @@ class World:
         while True:
             cause = await crew.end()
             lost = time.monotonic()
+            self._count(lost=1)
             self._leave(crew)
             crew.stop()
             logger.error("the ranks are lost, and are started again: %s", cause)
             crew, fruitless = await self._rebuilt(0 if crew.produced else fruitless)
-            logger.warning("the ranks are back after %.1f s", time.monotonic() - lost)
+            gone_s = time.monotonic() - lost
+            self._count(rebuilt=1, rebuild_s=gone_s)
+            logger.warning("the ranks are back after %.1f s", gone_s)
             self._crew.set_result(crew)
             self._standby.stop()
             self._standby = self.blueprint.standby()
@@ -235,8 +242,15 @@ class World:
                 return await Crew.launch(self.blueprint, self._standby.take()), fruitless
             except Exception as error:
                 cause = str(error)
+                self._count(failed=1)
                 logger.exception("rebuild %d of %d failed", fruitless, limit)
         raise EngineUnavailable(f"{limit} rebuilds in a row have failed: {cause}")
+
+    def _count(self, lost: int = 0, rebuilt: int = 0, failed: int = 0, rebuild_s: float = 0.0) -> None:
+        so_far = self.losses
+        self.losses = Losses(
+            so_far.lost + lost, so_far.rebuilt + rebuilt, so_far.failed + failed, so_far.rebuild_s + rebuild_s
+        )
 
     def _leave(self, crew: Crew) -> None:
         """From now on requests wait for the next crew."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,7 @@ from meteora_dist.errors import BankError, EngineUnavailable, InvalidRequest, Mo
 from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
+from meteora_dist.moe.wire import EXCHANGE_KINDS
 from meteora_dist.serving.json_grammar import json_grammar
 from tests.support.ranks import run_ranks
 from tests.support.tiny import SPECS, load_tiny_llama
@@ -117,6 +119,24 @@ async def test_shares_tell_which_experts_acted(engine: RankEngine) -> None:
         assert event.shares == pytest.approx((0.0, 0.4, 0.0, 0.6), abs=1e-5)
     untraced = await collect(engine, replace(REQUESTS[0], trace=False))
     assert {event.shares for event in untraced} == {None}
+
+
+async def test_the_report_counts_the_requests_of_the_rank(engine: RankEngine, tiny_bank: Bank) -> None:
+    request = replace(REQUESTS[2], request_id="counted", ignore_eos=True)
+    before = engine.report()
+    async with aclosing(engine.generate(request)) as events:
+        await anext(events)
+        during = engine.report()
+        async for _ in events:
+            pass
+    after = engine.report()
+    assert (during.active + during.waiting, during.cache_used > 0) == (1, True)
+    grown = {digest: load - before.loads[digest] for digest, load in after.loads.items()}
+    # The last token is not read any more; every linear counts, those that the expert leaves alone as well.
+    read = len(request.prompt_ids) + request.max_tokens - 1
+    assert grown == dict.fromkeys(tiny_bank.digests, 0) | {tiny_bank.digests[2]: read * after.linears}
+    assert (after.expert_bytes, after.gate_bytes) == (engine.resident.expert_bytes, engine.resident.gate_bytes)
+    assert set(after.exchange_s) == set(after.exchanged_bytes) == set(EXCHANGE_KINDS)
 
 
 async def test_seeded_sampling_ignores_the_company(engine: RankEngine) -> None:

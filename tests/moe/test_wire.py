@@ -153,3 +153,5 @@ def test_counts_add_up_by_kind() -> None:
     assert (wire.rows("combine"), wire.bytes("combine")) == (1, 8)
     assert wire.bytes("rank_space") == 0
     assert wire.seconds > before > 0
+    assert wire.seconds == wire.seconds_in("dispatch") + wire.seconds_in("combine")
+    assert wire.seconds_in("dispatch") > wire.seconds_in("sizes") == 0

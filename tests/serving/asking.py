@@ -39,6 +39,11 @@ class Context:
     key: str | None = None
     code: grpc.StatusCode | None = None
     details: str = ""
+    metadata: tuple[tuple[str, str | bytes], ...] = ()
+    trailers: tuple[tuple[str, str | bytes], ...] = (("request_id", "serve-1"),)
+
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return self.trailers
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
@@ -46,8 +51,8 @@ class Context:
     def set_details(self, details: str) -> None:
         self.details = details
 
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return [] if self.key is None else [("authorization", f"Bearer {self.key}")]
+    def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
+        return [*self.metadata, *([] if self.key is None else [("authorization", f"Bearer {self.key}")])]
 
 
 def gate_of(folder: Path) -> Gate:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from meteora_dist.bank import Bank
+from meteora_dist.observability.calls import Observer
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.limits import Limits
@@ -30,10 +31,16 @@ def tokenizer(tiny_base: Path) -> TextTokenizer:
 def make_service(tokenizer: TextTokenizer, tiny_bank: Bank) -> MakeService:
     """Makes a service over a scripted engine: a context of 64 tokens, two answers at once, none that waits, no keys."""
 
-    def make(engine: ScriptedEngine, live: int = 2, gate: Gate | None = None, **limits: Any) -> TextService:
+    def make(
+        engine: ScriptedEngine,
+        live: int = 2,
+        gate: Gate | None = None,
+        observer: Observer | None = None,
+        **limits: Any,
+    ) -> TextService:
         numbers = {"max_model_len": 64, "max_live_requests": live, "max_waiting_requests": 0} | limits
         gate = gate or Gate(None, anonymous=True)
-        return TextService(engine, tokenizer, Catalog(tiny_bank.manifest), Limits(**numbers), gate)
+        return TextService(engine, tokenizer, Catalog(tiny_bank.manifest), Limits(**numbers), gate, observer)
 
     return make
 

@@ -7,11 +7,11 @@ import os
 from collections.abc import AsyncGenerator
 
 from meteora_cluster.member import Member
+from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import BankError, EngineUnavailable, InvalidRequest
 from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.config import ServiceConfig
-from meteora_dist.serving.ranks import RankReport
 
 POISON = 13
 
@@ -81,7 +81,8 @@ class CountingRank(Member):
 
     async def report(self) -> RankReport:
         held = self.residency.held_by(self.rank)
-        return RankReport(len(held), len(self.residency.folders), dict.fromkeys(held, 10 * self.rank + 1))
+        loads = dict.fromkeys(held, 10 * self.rank + 1)
+        return RankReport(len(held), len(self.residency.folders), loads, 1, len(self.live), 0, 0.0, {}, {})
 
     async def pending(self) -> int:
         return len(self.prepared)

@@ -22,6 +22,7 @@ import pytest
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
+from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.moe.residency import Residency
@@ -38,11 +39,11 @@ from meteora_dist.serving.http_api import create_api
 from meteora_dist.serving.keys import Keyring, key_digest
 from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.proto.meteora.v1 import admin_pb2 as pb
-from meteora_dist.serving.ranks import RankReport
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.sources import Sources
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.uses import Uses
+from tests.serving.asking import Context
 from tests.support.tiny import Spec, write_adapter
 
 ADMIN = {"Authorization": "Bearer the-admin"}
@@ -81,26 +82,7 @@ class LoneWorld:
         self.residency = then
 
     async def reports(self) -> list[RankReport]:
-        resident = self.engine.resident
-        return [RankReport(resident.expert_bytes, resident.gate_bytes, self.engine.loads)]
-
-
-@dataclass
-class Context:
-    """A gRPC call's."""
-
-    key: str
-    code: grpc.StatusCode | None = None
-    details: str = ""
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.code = code
-
-    def set_details(self, details: str) -> None:
-        self.details = details
-
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return [("authorization", f"Bearer {self.key}")]
+        return [self.engine.report()]
 
 
 @dataclass

@@ -57,7 +57,7 @@ def test_the_shipped_file_deploys_two_ranks_on_two_cpus() -> None:
     assert (file.http_port, file.grpc_port, file.service.ep) == (8000, 9000, 2)
     assert file.service.bank == Path.cwd() / "examples" / "bank"
     assert file.service.replica_cpus + 2 * file.service.rank_cpus <= 2
-    assert yaml.safe_load(CONFIG.read_text())["grpc_options"]["grpc_servicer_functions"] == SERVICERS
+    assert yaml.safe_load(CONFIG.read_text())["grpc_options"]["grpc_servicer_functions"] == list(SERVICERS)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,18 @@ import grpc
 import httpx
 import openai
 import pytest
+import ray
 import torch
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from peft import PeftModel
+from prometheus_client.parser import text_string_to_metric_families
 
 from meteora_cluster.member import free_port
 from meteora_dist.bank import Bank
 from meteora_dist.client import Client, Usage
 from meteora_dist.errors import ExpertNotFound
+from meteora_dist.observability import metrics
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.local import Endpoints, running_service
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
@@ -55,9 +60,12 @@ def service(ray_home: Path, tiny_base: Path, tiny_bank: Bank) -> Iterator[Endpoi
         max_live_requests=LIVE,
         max_waiting_requests=0,
         rebuild_wait_s=120,
+        metrics_interval_s=0.5,
     )
-    with running_service(config, free_port(), free_port()) as endpoints:
-        yield endpoints
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        with running_service(config, free_port(), free_port()) as endpoints:
+            yield endpoints
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,18 @@ def reference(base: Path, bank: Bank, model: str) -> str:
 def test_it_is_healthy_and_lists_its_models(http: httpx.Client, client: openai.OpenAI) -> None:
     assert http.get("/healthz").status_code == 200
     assert tuple(model.id for model in client.models.list()) == MODELS
+
+
+def test_it_says_that_it_serves_and_whose_call_it_was(service: Endpoints, http: httpx.Client) -> None:
+    assert [http.get(path).status_code for path in ("/readyz", "/livez")] == [200, 200]
+    assert http.get("/v1/models", headers={"x-request-id": "mine"}).headers.get_list("x-request-id") == ["mine"]
+    with grpc.insecure_channel(service.grpc) as channel:
+        health = HealthStub(channel)
+        served = health.Check(HealthCheckRequest(service="meteora.v1.Inference"))
+        with pytest.raises(grpc.RpcError) as refused:
+            list(health.Watch(HealthCheckRequest()))
+    assert served.status == HealthCheckResponse.SERVING
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_base_and_named_answers_are_those_of_transformers_and_peft(
@@ -335,6 +355,43 @@ def test_a_lost_rank_is_a_pause(http: httpx.Client, stub: InferenceStub) -> None
     assert usage["prompt_tokens"] == messages[-1].usage.prompt_tokens == len(PROMPT)
     assert usage["completion_tokens"] == messages[-1].usage.completion_tokens == 150
     assert http.get("/healthz").status_code == 200
+
+
+def test_ray_exports_every_metric_and_no_log_has_a_text(http: httpx.Client, stub: InferenceStub) -> None:
+    """After a rank was lost, which some metrics are about, and when everything else has happened, too."""
+    text = greedy(http, "auto")
+    stub.Generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=TOKENS, sampling=pb.Sampling(temperature=0)))
+    assert http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": -1}).status_code == 400
+    with pytest.raises(grpc.RpcError):
+        stub.Generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=-1))
+    wanted = {name: set(metric.labels) for metric in metrics.METRICS for name in metric.exported}
+    deadline = time.monotonic() + 30
+    while missing := wanted.keys() - (exported := _exported()).keys():
+        assert time.monotonic() < deadline, f"not exported: {sorted(missing)}"
+        time.sleep(0.5)
+    for name, labels in wanted.items():
+        assert exported[name] >= labels | {"application", "deployment", "replica"}, name
+    assert {name for name in exported if "_meteora_" in name} == wanted.keys()
+    logs = list(_logs())
+    assert any('"message": "request"' in log and '"protocol": "grpc"' in log for log in logs)
+    assert len(text) > TOKENS // 2
+    assert not [log for log in logs if any(said in log for said in (PROMPT, text, json.dumps(text)[1:-1]))]
+
+
+def _exported() -> dict[str, set[str]]:
+    """Labels of everything that Ray's agent exports, by name."""
+    (node,) = ray.nodes()
+    page = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", trust_env=False)
+    families = text_string_to_metric_families(page.text)
+    return {sample.name: set(sample.labels) for family in families for sample in family.samples}
+
+
+def _logs() -> Iterator[str]:
+    """What each process of the service has logged."""
+    session = import_module("ray._private.worker")._global_node.get_session_dir_path()
+    for file in Path(session, "logs").rglob("*"):
+        if file.is_file():
+            yield file.read_text(errors="replace")
 
 
 def _chunk(line: str) -> dict[str, Any]:

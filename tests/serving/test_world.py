@@ -24,6 +24,7 @@ from meteora_dist.errors import EngineUnavailable, InvalidRequest
 from meteora_dist.moe.placement import contiguous
 from meteora_dist.moe.residency import Residency
 from meteora_dist.moe.roster import roster_of
+from meteora_dist.observability.ranks import Losses
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.world import World
 from tests.serving.counting import POISON, CountingRank
@@ -156,6 +157,8 @@ async def test_requests_outlive_a_rank(world: World, harm: Callable[[World], Awa
     streams = [world.generate(request(name)) for name in ("on rank 0", "on rank 1")]
     firsts = [(await anext(stream)).token_id for stream in streams]
     rests = [asyncio.ensure_future(rest(stream)) for stream in streams]
+    assert [rank.active for rank in await world.reports()] == [1, 1]
+    so_far = world.losses
     await harm(world)
     harmed = time.monotonic()
     await until("rebuilding", world)
@@ -167,6 +170,8 @@ async def test_requests_outlive_a_rank(world: World, harm: Callable[[World], Awa
         assert [first, *tokens] == list(range(1, 1 + TOKENS))
     assert world.state == "serving"
     assert not set(before) & set(actors(world))
+    assert world.losses == Losses(so_far.lost + 1, so_far.rebuilt + 1, so_far.failed, world.losses.rebuild_s)
+    assert 0 < world.losses.rebuild_s - so_far.rebuild_s <= time.monotonic() - harmed
 
 
 async def test_new_requests_wait_for_a_rebuild_but_not_for_long(world: World, folder: Path) -> None:

@@ -130,6 +130,9 @@ class _Context:
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
 
+    def trailing_metadata(self) -> list[tuple[str, str]]:
+        return []
+
     def set_details(self, details: str) -> None:
         self.details = details
 

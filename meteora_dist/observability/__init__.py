@@ -1,0 +1,1 @@
+"""What operators see of a service: metrics, traces, and one log line a request."""
