@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,16 +36,24 @@ def test_our_reading_of_a_kustomization_is_kubectls(name: str) -> None:
     assert ours == theirs
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "crds").exists(), reason="KubeRay's CRDs are not beside this checkout")
-def test_kuberays_schema_knows_every_field(overlay: Overlay, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Manifest], list[str]]:
+    """KubeRay's schema: what is wrong with a manifest."""
+    if not (SHARED / "data" / "crds").exists():
+        pytest.skip("KubeRay's CRDs are not beside this checkout")
+    folder = tmp_path_factory.mktemp("crds")
     spec = importlib.util.spec_from_file_location("validate_crd", SHARED / "tools" / "validate_crd.py")
     assert spec
     assert spec.loader
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     # Just the one that is used: reading all of them takes long.
-    shutil.copy(SHARED / "data" / "crds" / "ray.io_rayservices.yaml", tmp_path)
-    assert tool.check(tool.load_crds(str(tmp_path)), overlay.service) == []
+    shutil.copy(SHARED / "data" / "crds" / "ray.io_rayservices.yaml", folder)
+    return partial(tool.check, tool.load_crds(str(folder)))
+
+
+def test_kuberays_schema_knows_every_field(overlay: Overlay, schema: Callable[[Manifest], list[str]]) -> None:
+    assert schema(overlay.service) == []
 
 
 def test_the_application_is_that_of_serve_config_yaml(overlay: Overlay) -> None:
@@ -225,6 +234,14 @@ def test_replicas_find_their_keys(overlay: Overlay) -> None:
 def secrets_of_the_guide() -> dict[str, str]:
     """Every Secret that the guide says how to create, and its key."""
     return dict(re.findall(r"kubectl -n meteora create secret generic (\S+) \\?\n? *--from-\w+=(\w[\w.-]*)", GUIDE))
+
+
+def test_only_a_single_replica_takes_experts(overlay: Overlay) -> None:
+    alone = overlay.name == "gpu"
+    assert bool(overlay.serve.service.expert_roots) == alone
+    # Replicas remove what they do not know from this folder.
+    beside = overlay.serve.service.generations_folder.is_relative_to("/banks")
+    assert beside == alone
 
 
 def ports(spec: Manifest) -> dict[str, int]:
