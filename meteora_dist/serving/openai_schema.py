@@ -19,6 +19,9 @@ COMPLETION_MAX_TOKENS = 16
 _UNION_PARTS = frozenset({"str", "list[str]", "list[int]", "list[list[int]]", "list[TextPart]"})
 """What pydantic adds to a field's path for the alternative it tried."""
 
+_MAX_DIGITS = 10
+"""Of a token id."""
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -263,6 +266,6 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[Pro
 
 
 def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    if wrong := [token for token in given if not token.isdecimal()]:
+    if wrong := [token for token in given if not (token.isdecimal() and len(token) <= _MAX_DIGITS)]:
         raise InvalidRequest(f"logit_bias: {wrong[0]!r} is no token id", "logit_bias")
     return tuple((int(token), value) for token, value in given.items())
