@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from http import HTTPStatus
 from time import time
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -19,8 +18,10 @@ from meteora_dist.serving.admin import AdminService
 from meteora_dist.serving.admin_http import admin_routes
 from meteora_dist.serving.http_guard import Guard, caller_of, failure_response
 from meteora_dist.serving.keys import Caller
+from meteora_dist.serving.openai_objects import ChatCompletion, Completion, Health, Model, ModelList
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
 from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
+from meteora_dist.serving.openapi import answers, body, describe
 from meteora_dist.serving.request import Ending, Piece, collect, usage_of
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.status import METHOD_NOT_ALLOWED, NO_SUCH_ROUTE, Failure, failure_of
@@ -43,25 +44,35 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     api.add_middleware(Guard, gate=service.gate, limits=service.limits)
     started = int(time())
 
-    @api.post("/v1/completions", openapi_extra=_body(CompletionBody))
+    @api.post(
+        "/v1/completions",
+        openapi_extra=body(CompletionBody),
+        responses=answers(Completion, 400, 404, 429, 503, stream=True),
+        operation_id="createCompletion",
+    )
     async def completions(request: Request) -> Response:
         return await _answer(service, caller_of(request), parse(CompletionBody, await request.body()))
 
-    @api.post("/v1/chat/completions", openapi_extra=_body(ChatBody))
+    @api.post(
+        "/v1/chat/completions",
+        openapi_extra=body(ChatBody),
+        responses=answers(ChatCompletion, 400, 404, 429, 503, stream=True),
+        operation_id="createChatCompletion",
+    )
     async def chat_completions(request: Request) -> Response:
         return await _answer(service, caller_of(request), parse(ChatBody, await request.body()))
 
-    @api.get("/v1/models")
+    @api.get("/v1/models", responses=answers(ModelList), operation_id="listModels", response_model=None)
     async def models(request: Request) -> Json:
         names = service.catalog.models_of(caller_of(request))
         return {"object": "list", "data": [_model(name, started) for name in names]}
 
-    @api.get("/v1/models/{name}")
+    @api.get("/v1/models/{name}", responses=answers(Model, 404), operation_id="retrieveModel", response_model=None)
     async def model(name: str, request: Request) -> Json:
         service.catalog.check([name], caller_of(request))
         return _model(name, started)
 
-    @api.get("/healthz")
+    @api.get("/healthz", responses=answers(Health, 503), operation_id="healthz", response_model=None)
     async def healthz() -> Json:
         service.check()
         return {"status": "ok"}
@@ -71,14 +82,15 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     api.add_exception_handler(MeteoraError, _on_error)
     api.add_exception_handler(Exception, _on_error)
     api.add_exception_handler(HTTPException, _on_http_error)
+    describe(api, [CompletionBody, ChatBody], [Completion, ChatCompletion, ModelList, Model, Health])
     return api
 
 
-async def _answer(service: TextService, caller: Caller, body: CompletionBody | ChatBody) -> Response:
-    prepared = await service.prepare(body.to_request(), caller)
-    reply = Reply(prepared, isinstance(body, ChatBody), body.include_usage)
+async def _answer(service: TextService, caller: Caller, asked: CompletionBody | ChatBody) -> Response:
+    prepared = await service.prepare(asked.to_request(), caller)
+    reply = Reply(prepared, isinstance(asked, ChatBody), asked.include_usage)
     pieces = service.pieces(prepared)
-    if not body.stream:
+    if not asked.stream:
         async with aclosing(pieces):
             return JSONResponse(reply.whole(await collect(pieces, len(prepared.answers))))
     # Waiting for the first piece gives errors of the start their own status.
@@ -116,11 +128,6 @@ async def _with(first: Piece, pieces: AsyncGenerator[Piece, None]) -> AsyncGener
 
 def _model(name: str, created: int) -> Json:
     return {"id": name, "object": "model", "created": created, "owned_by": "meteora"}
-
-
-def _body(model: type[CompletionBody] | type[ChatBody]) -> dict[str, Any]:
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _failure(error: Exception) -> Failure:

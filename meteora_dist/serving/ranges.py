@@ -15,6 +15,7 @@ MIN_REPETITION = 0.01
 MAX_REPETITION = 100.0
 """Beyond these, logits leave the range of fp32."""
 MAX_INTEGER = 2**31 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 MAX_BIAS = 100.0
 MAX_BIASES = 300
 
@@ -23,7 +24,7 @@ def check_ranges(request: TextRequest) -> None:
     """Raises InvalidRequest, naming the field, for a value out of its range."""
     _check_answers(request)
     seed = request.seed
-    _demand(seed is None or -(2**63) <= seed < 2**63, "seed", seed, "a 64-bit integer")
+    _demand(seed is None or MIN_SEED <= seed <= MAX_SEED, "seed", seed, "a 64-bit integer")
     _demand(all(request.stop), "stop", "an empty text", "a text that can appear in the answer")
     top = request.top_logprobs
     _demand(top is None or 0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", top, f"between 0 and {MAX_TOP_LOGPROBS}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -244,7 +245,18 @@ async def test_too_many_requests_are_429(tokenizer: TextTokenizer, connect: Conn
     assert [(await answer).status_code for answer in running] == [200, 200]
 
 
-async def test_the_api_describes_its_bodies(yes: httpx.AsyncClient) -> None:
-    schema = (await yes.get("/openapi.json")).json()
-    body = schema["paths"][C]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body["required"] == ["messages"]
+async def test_the_document_describes_every_route_and_resolves(yes: httpx.AsyncClient) -> None:
+    document = (await yes.get("/openapi.json")).json()
+    assert set(document["paths"]) == {P, C, "/v1/models", "/v1/models/{name}", "/healthz"}
+    schemas = document["components"]["schemas"]
+    assert (await yes.get("/openapi.json")).text.count("#/$defs/") == 0
+    for name in re.findall(r"#/components/schemas/(\w+)", json.dumps(document)):
+        assert name in schemas
+    body = document["paths"][C]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatBody"}
+    assert schemas["ChatBody"]["required"] == ["messages"]
+    assert schemas["ChatBody"]["properties"]["temperature"]["maximum"] == 2.0
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert "422" not in operation["responses"]
+            assert operation["operationId"]

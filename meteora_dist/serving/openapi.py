@@ -1,0 +1,75 @@
+"""The OpenAPI document: what FastAPI knows of the routes, and the bodies that it does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from meteora_dist.serving.openai_objects import Error
+
+_REF = "#/components/schemas/{model}"
+_JSON = "application/json"
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}}
+_FAILURES = {
+    400: "A field is missing, unknown or out of its range.",
+    404: "There is no such model.",
+    429: "Too many answers are under way.",
+    503: "The engine is starting or restarting.",
+}
+_TRANSIENT = (429, 503)
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def body(model: type[BaseModel]) -> dict[str, Any]:
+    """``openapi_extra`` of a route that reads its body itself."""
+    return {"requestBody": {"required": True, "content": {_JSON: {"schema": _ref(model)}}}}
+
+
+def answers(model: type[BaseModel], *failures: int, stream: bool = False) -> Responses:
+    """``responses`` of a route.
+
+    Args:
+        model: What it answers.
+        failures: HTTP statuses of the errors it may answer instead.
+        stream: Whether it answers events as well.
+    """
+    content: dict[str, Any] = {_JSON: {"schema": _ref(model)}}
+    if stream:
+        text = "One chunk an event, as OpenAI streams them; the last event is [DONE], or an error."
+        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+    responses: Responses = {200: {"description": model.__doc__, "content": content}}
+    return responses | {status: _failure(status) for status in failures}
+
+
+def describe(api: FastAPI, bodies: Sequence[type[BaseModel]], objects: Sequence[type[BaseModel]]) -> None:
+    """Gives the application its document.
+
+    Args:
+        api: The application, its routes made with ``body`` and ``answers``.
+        bodies: What its routes read.
+        objects: What they answer, errors aside.
+    """
+    document = get_openapi(title=api.title, version=api.version, routes=api.routes)
+    read = [(model, "validation") for model in bodies]
+    written = [(model, "serialization") for model in (*objects, Error)]
+    schemas = models_json_schema([*read, *written], ref_template=_REF)[1]["$defs"]  # type: ignore[list-item]
+    document["components"] = {"schemas": schemas}
+    for operation in (operation for path in document["paths"].values() for operation in path.values()):
+        # FastAPI's own answer to a bad parameter: ours are texts, and no text is bad.
+        operation["responses"].pop("422", None)
+    api.openapi = lambda: document  # type: ignore[method-assign]
+
+
+def _failure(status: int) -> dict[str, Any]:
+    failure: dict[str, Any] = {"description": _FAILURES[status], "content": {_JSON: {"schema": _ref(Error)}}}
+    return failure | ({"headers": _RETRY_AFTER} if status in _TRANSIENT else {})
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}
