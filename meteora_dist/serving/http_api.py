@@ -18,7 +18,15 @@ from meteora_dist.serving.admin import AdminService
 from meteora_dist.serving.admin_http import admin_routes
 from meteora_dist.serving.http_guard import Guard, caller_of, failure_response
 from meteora_dist.serving.keys import Caller
-from meteora_dist.serving.openai_objects import ChatCompletion, Completion, Health, Model, ModelList
+from meteora_dist.serving.openai_objects import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChunk,
+    Health,
+    Model,
+    ModelList,
+)
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
 from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
 from meteora_dist.serving.openapi import answers, body, describe
@@ -28,6 +36,7 @@ from meteora_dist.serving.status import METHOD_NOT_ALLOWED, NO_SUCH_ROUTE, Failu
 
 logger = logging.getLogger(__name__)
 
+_WRITTEN = (Completion, CompletionChunk, ChatCompletion, ChatChunk, ModelList, Model, Health)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -47,7 +56,7 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     @api.post(
         "/v1/completions",
         openapi_extra=body(CompletionBody),
-        responses=answers(Completion, 400, 404, 429, 503, stream=True),
+        responses=answers(Completion, 400, 404, 429, 503, chunk=CompletionChunk),
         operation_id="createCompletion",
     )
     async def completions(request: Request) -> Response:
@@ -56,7 +65,7 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     @api.post(
         "/v1/chat/completions",
         openapi_extra=body(ChatBody),
-        responses=answers(ChatCompletion, 400, 404, 429, 503, stream=True),
+        responses=answers(ChatCompletion, 400, 404, 429, 503, chunk=ChatChunk),
         operation_id="createChatCompletion",
     )
     async def chat_completions(request: Request) -> Response:
@@ -82,7 +91,7 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     api.add_exception_handler(MeteoraError, _on_error)
     api.add_exception_handler(Exception, _on_error)
     api.add_exception_handler(HTTPException, _on_http_error)
-    describe(api, [CompletionBody, ChatBody], [Completion, ChatCompletion, ModelList, Model, Health])
+    describe(api, read=[CompletionBody, ChatBody], written=_WRITTEN)
     return api
 
 

@@ -69,6 +69,27 @@ class Completion(_Exact):
     usage: Usage
 
 
+class CompletionPart(_Exact):
+    """What is new of one answer; its last part has the reason why it ended."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    routing: RoutingTrace | Absent = None
+
+
+class CompletionChunk(_Exact):
+    """An event of a stream; the one with the usage has no choices."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionPart]
+    usage: Usage | None = None
+
+
 class ScoredToken(_Exact):
     """A token and the natural logarithm of its probability."""
 
@@ -117,6 +138,34 @@ class ChatCompletion(_Exact):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ChatDelta(_Exact):
+    """What is new of the assistant's turn; the first part says who speaks."""
+
+    role: Literal["assistant"] | Absent = None
+    content: str
+
+
+class ChatPart(_Exact):
+    """What is new of one answer; its last part has the reason why it ended."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    routing: RoutingTrace | Absent = None
+
+
+class ChatChunk(_Exact):
+    """An event of a stream; the one with the usage has no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatPart]
+    usage: Usage | None = None
 
 
 class Model(_Exact):

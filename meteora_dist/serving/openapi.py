@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from meteora_dist.serving.openai_objects import Error
 
@@ -23,6 +23,7 @@ _FAILURES = {
 }
 _TRANSIENT = (429, 503)
 
+Object = type[BaseModel]
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -31,39 +32,45 @@ def body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {_JSON: {"schema": _ref(model)}}}}
 
 
-def answers(model: type[BaseModel], *failures: int, stream: bool = False) -> Responses:
+def answers(model: type[BaseModel], *failures: int, chunk: type[BaseModel] | None = None) -> Responses:
     """``responses`` of a route.
 
     Args:
         model: What it answers.
         failures: HTTP statuses of the errors it may answer instead.
-        stream: Whether it answers events as well.
+        chunk: What the events have when it answers with a stream instead; None when it never does.
     """
     content: dict[str, Any] = {_JSON: {"schema": _ref(model)}}
-    if stream:
-        text = "One chunk an event, as OpenAI streams them; the last event is [DONE], or an error."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+    if chunk is not None:
+        content["text/event-stream"] = {"itemSchema": _event(chunk)}
     responses: Responses = {200: {"description": model.__doc__, "content": content}}
     return responses | {status: _failure(status) for status in failures}
 
 
-def describe(api: FastAPI, bodies: Sequence[type[BaseModel]], objects: Sequence[type[BaseModel]]) -> None:
+def describe(api: FastAPI, read: Sequence[Object], written: Sequence[Object]) -> None:
     """Gives the application its document.
 
     Args:
         api: The application, its routes made with ``body`` and ``answers``.
-        bodies: What its routes read.
-        objects: What they answer, errors aside.
+        read: The bodies its routes take.
+        written: What they answer, errors aside.
     """
     document = get_openapi(title=api.title, version=api.version, routes=api.routes)
-    read = [(model, "validation") for model in bodies]
-    written = [(model, "serialization") for model in (*objects, Error)]
-    schemas = models_json_schema([*read, *written], ref_template=_REF)[1]["$defs"]  # type: ignore[list-item]
+    models: list[tuple[Object, JsonSchemaMode]] = [(model, "validation") for model in read]
+    models += [(model, "serialization") for model in written] + [(Error, "serialization")]
+    schemas = models_json_schema(models, ref_template=_REF)[1]["$defs"]
     document["components"] = {"schemas": schemas}
     for operation in (operation for path in document["paths"].values() for operation in path.values()):
         # FastAPI's own answer to a bad parameter: ours are texts, and no text is bad.
         operation["responses"].pop("422", None)
     api.openapi = lambda: document  # type: ignore[method-assign]
+
+
+def _event(chunk: type[BaseModel]) -> dict[str, Any]:
+    """A server-sent event: a chunk; the last one says [DONE], or what went wrong."""
+    text = {"contentMediaType": _JSON, "contentSchema": {"anyOf": [_ref(chunk), _ref(Error)]}}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, text]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _failure(status: int) -> dict[str, Any]:
