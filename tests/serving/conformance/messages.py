@@ -11,14 +11,28 @@ from hypothesis import strategies as st
 
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
 
-TEXTS = st.one_of(
-    st.sampled_from(["Hi", "", "\0", "</s>", "<s><s>", "\u202e\ufeff", "e\u0301", "\U0001f999" * 9, "NaN", "x" * 5000]),
-    st.text(st.characters(codec="utf-8"), max_size=12),
+_LETTERS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+_TEXTS = st.one_of(
+    st.sampled_from(["Hi", "\0", "</s>", "<s><s>", "\u202e\ufeff", "e\u0301", "\U0001f999" * 5]), _LETTERS
 )
+_WILD_TEXTS = st.one_of(st.sampled_from(["", "NaN", "x" * 5000, "a:1,b:2", "system"]), _TEXTS)
 _SCHEMAS = st.recursive(
     st.sampled_from(
         [
-            *({}, {"type": "string"}, {"type": "integer", "multipleOf": 99991}, {"enum": ["a", 1, None]}, {"not": {}}),
+            *(
+                {},
+                {"type": "string"},
+                {"type": "boolean"},
+                {"enum": ["a", 1, None]},
+                {"type": "string", "format": "date"},
+            ),
+            *(
+                {"type": "integer", "minimum": -5},
+                {"type": "array", "maxItems": 2},
+                {"type": "null"},
+                {"type": "number"},
+            ),
+            *({"type": "integer", "multipleOf": 99991}, {"not": {}}, {"uniqueItems": True}),
             *(
                 {"$ref": "#"},
                 {"$ref": "#/$defs/x"},
@@ -57,7 +71,8 @@ _TAME: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(["ids", "key"], st.integers(0, 259)),
     **{"top_k": st.integers(0, 9), "top_logprobs": st.integers(0, 20), "value": st.floats(-9, 9)},
     **{"mode": st.just(0), "name": st.sampled_from(["plain", "wide"]), "weight": st.floats(-2, 2)},
-    **{"role": st.sampled_from(["system", "user", "assistant"]), "stop": st.text(min_size=1, max_size=3)},
+    **{"role": st.sampled_from(["system", "user", "assistant"]), "stop": _LETTERS},
+    **dict.fromkeys(["prompt", "texts", "content"], _TEXTS),
     "json_schema": _SCHEMAS.map(json.dumps),
 }
 """Values that are fine, by field: one wild value refuses the whole message, and with it whatever else was in it."""
@@ -119,7 +134,7 @@ def _wild(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         return st.booleans()
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
-        return TEXTS if field.type == FieldDescriptor.TYPE_STRING else st.binary(max_size=9)
+        return _WILD_TEXTS if field.type == FieldDescriptor.TYPE_STRING else st.binary(max_size=9)
     return st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 1e-320, 5e-324, 1e-40, 1e300, 1.0, 2.0]))
 
 

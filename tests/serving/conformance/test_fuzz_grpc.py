@@ -43,13 +43,13 @@ CALLS = st.builds(
     Call,
     st.one_of(messages(), messages(), mutants()),
     st.booleans(),
-    st.one_of(st.none(), st.none(), st.integers(0, 4)),
+    st.sampled_from([None, None, 0, 1, 3]),
 )
 
 
 @pytest.mark.parametrize(
     ("examples", "requests"),
-    [(40, 120), pytest.param(800, 2400, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    [(40, 100), pytest.param(900, 2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
     ids=["quick", "long"],
 )
 def test_no_message_breaks_the_service(
@@ -74,7 +74,7 @@ def test_no_message_breaks_the_service(
         ask()
         assert seen.total() - seen["unreadable"] >= requests, seen
         # A run that is refused at the door tests no more than the door.
-        assert min(seen["answered"], seen["INVALID_ARGUMENT"], seen["left"]) >= requests // 10, seen
+        assert min(seen["answered"], seen["INVALID_ARGUMENT"], 3 * seen["left"]) >= requests // 5, seen
         assert runner.run(replies(ways)) == before
         runner.run(at_rest(service))
 
