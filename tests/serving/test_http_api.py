@@ -136,6 +136,8 @@ async def test_content_parts_and_harmless_fields_are_taken(tokenizer: TextTokeni
 
 P = "/v1/completions"
 C = "/v1/chat/completions"
+NEST = json.loads('{"items": ' * 150 + "{}" + "}" * 150)
+DEEP = {"type": "json_schema", "json_schema": {"name": "x", "schema": NEST}}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,12 @@ C = "/v1/chat/completions"
         (P, {"prompt": "a", "temperature": 3}, 400, "temperature", "between 0 and 2"),
         (P, {"prompt": "a", "stop": [1]}, 400, "stop", "valid string"),
         (P, {"prompt": ["a", "b"], "n": 17}, 400, "n", "at most 32 answers"),
+        (P, {"prompt": "a", "top_k": 10**30}, 400, "top_k", "at least 1, or 0"),
+        (P, {"prompt": "a", "repetition_penalty": 1e300}, 400, "repetition_penalty", "between 0.01 and 100"),
+        (P, {"prompt": "a", "routing": {"temperature": 1e-320}}, 400, "routing.temperature", "between 0.001 and 1000"),
+        (P, {"prompt": "a", "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias", "is no token id"),
+        (P, b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", 400, None, ""),
+        (P, {"prompt": "a", "response_format": DEEP}, 400, "response_format", "recursion limit"),
         (P, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "'x' is no token id"),
         (P, {"prompt": "a", "routing": {"k": 2}}, 400, "routing.k", "routing.k is not a field"),
         (P, {"prompt": "a", "routing": {"top_k": 0}}, 400, "routing.top_k", "at least 1"),
@@ -176,6 +184,11 @@ async def test_bad_requests_get_an_openai_error(
     error = got.json()["error"]
     assert (got.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert message in error["message"]
+
+
+async def test_messages_do_not_grow_with_what_was_sent(yes: httpx.AsyncClient) -> None:
+    got = await yes.post(P, json={"prompt": "a", "model": "x" * 100_000})
+    assert (got.status_code, len(got.json()["error"]["message"])) == (404, 1000)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -70,13 +70,13 @@ def test_no_message_breaks_the_service(
         def ask(calls: list[Call]) -> None:
             runner.run(together(service, calls, seen))
 
-        before = runner.run(replies(ways))
+        before, free = runner.run(replies(ways)), runner.run(at_rest(service))
         ask()
         assert seen.total() - seen["unreadable"] >= requests, seen
         # A run that is refused at the door tests no more than the door.
         assert min(seen["answered"], seen["INVALID_ARGUMENT"], 3 * seen["left"]) >= requests // 5, seen
         assert runner.run(replies(ways)) == before
-        runner.run(at_rest(service))
+        assert runner.run(at_rest(service)) == free
 
 
 async def together(service: TextService, calls: list[Call], seen: Counter[str]) -> None:

@@ -35,14 +35,14 @@ OFTEN = {"createCompletion", "createChatCompletion"}
 async def test_no_request_breaks_the_service(
     service: TextService, ways: Sequence[Http | Grpc], examples: int, requests: int
 ) -> None:
-    before = await replies(ways)
+    before, free = await replies(ways), await at_rest(service)
     seen = await asyncio.to_thread(fuzz, create_api(service), examples)
     assert sum(seen.values()) >= requests, seen
     # A run that is refused at the door tests no more than the door.
     assert min(seen[200], seen[400]) >= requests // 5, seen
     assert seen[404], seen
     assert await replies(ways) == before
-    await at_rest(service)
+    assert await at_rest(service) == free
 
 
 def fuzz(api: FastAPI, examples: int) -> Counter[int]:
