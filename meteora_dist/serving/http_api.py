@@ -29,7 +29,7 @@ from meteora_dist.serving.openai_objects import (
 )
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
 from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
-from meteora_dist.serving.openapi import answers, body, describe
+from meteora_dist.serving.openapi import GENERATION, GUARDED, answers, body, describe
 from meteora_dist.serving.request import Ending, Piece, collect, usage_of
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.status import METHOD_NOT_ALLOWED, NO_SUCH_ROUTE, Failure, failure_of
@@ -56,7 +56,7 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     @api.post(
         "/v1/completions",
         openapi_extra=body(CompletionBody),
-        responses=answers(Completion, 400, 404, 429, 503, chunk=CompletionChunk),
+        responses=answers(Completion, *GENERATION, chunk=CompletionChunk),
         operation_id="createCompletion",
     )
     async def completions(request: Request) -> Response:
@@ -65,18 +65,23 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     @api.post(
         "/v1/chat/completions",
         openapi_extra=body(ChatBody),
-        responses=answers(ChatCompletion, 400, 404, 429, 503, chunk=ChatChunk),
+        responses=answers(ChatCompletion, *GENERATION, chunk=ChatChunk),
         operation_id="createChatCompletion",
     )
     async def chat_completions(request: Request) -> Response:
         return await _answer(service, caller_of(request), parse(ChatBody, await request.body()))
 
-    @api.get("/v1/models", responses=answers(ModelList), operation_id="listModels", response_model=None)
+    @api.get("/v1/models", responses=answers(ModelList, *GUARDED), operation_id="listModels", response_model=None)
     async def models(request: Request) -> Json:
         names = service.catalog.models_of(caller_of(request))
         return {"object": "list", "data": [_model(name, started) for name in names]}
 
-    @api.get("/v1/models/{name}", responses=answers(Model, 404), operation_id="retrieveModel", response_model=None)
+    @api.get(
+        "/v1/models/{name}",
+        responses=answers(Model, *GUARDED, 403, 404),
+        operation_id="retrieveModel",
+        response_model=None,
+    )
     async def model(name: str, request: Request) -> Json:
         service.catalog.check([name], caller_of(request))
         return _model(name, started)

@@ -17,11 +17,19 @@ _JSON = "application/json"
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}}
 _FAILURES = {
     400: "A field is missing, unknown or out of its range.",
+    401: "The API key is missing or unknown.",
+    403: "The API key may not use this model.",
     404: "There is no such model.",
-    429: "Too many answers are under way.",
+    408: "The request was not done in time.",
+    413: "The body is too large.",
+    429: "The key's limits are reached, or too many calls wait already.",
     503: "The engine is starting or restarting.",
 }
 _TRANSIENT = (429, 503)
+GUARDED = (401, 413, 429)
+"""What every route behind the gate may answer."""
+GENERATION = (*GUARDED, 400, 403, 404, 408, 503)
+"""What a route that generates may answer."""
 
 Object = type[BaseModel]
 Responses = dict[int | str, dict[str, Any]]
@@ -59,7 +67,9 @@ def describe(api: FastAPI, read: Sequence[Object], written: Sequence[Object]) ->
     models: list[tuple[Object, JsonSchemaMode]] = [(model, "validation") for model in read]
     models += [(model, "serialization") for model in written] + [(Error, "serialization")]
     schemas = models_json_schema(models, ref_template=_REF)[1]["$defs"]
-    document["components"] = {"schemas": schemas}
+    bearer = {"type": "http", "scheme": "bearer", "description": "An API key, unless the service has been opened."}
+    document["components"] = {"schemas": schemas, "securitySchemes": {"key": bearer}}
+    document["security"] = [{"key": []}, {}]
     for operation in (operation for path in document["paths"].values() for operation in path.values()):
         # FastAPI's own answer to a bad parameter: ours are texts, and no text is bad.
         operation["responses"].pop("422", None)

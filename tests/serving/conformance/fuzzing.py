@@ -52,7 +52,8 @@ async def at_rest(service: TextService) -> int | float:
         while scheduler.active_requests or scheduler.waiting_requests:
             await asyncio.sleep(0.01)
     engine.check()
-    assert service._live == 0
+    assert service.admission.live == 0
+    assert service.admission.waiting == 0
     assert engine._live == {}
     sampler, keep = manager._sampler, manager._keep
     kept = [sampler.logprobs, sampler.failures, sampler._matchers, keep._shares, keep._sums]

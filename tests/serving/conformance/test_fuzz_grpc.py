@@ -74,7 +74,8 @@ def test_no_message_breaks_the_service(
         ask()
         assert seen.total() - seen["unreadable"] >= requests, seen
         # A run that is refused at the door tests no more than the door.
-        assert min(seen["answered"], seen["INVALID_ARGUMENT"], 3 * seen["left"]) >= requests // 5, seen
+        assert min(seen["answered"] + seen["left"], seen["INVALID_ARGUMENT"]) >= requests // 5, seen
+        assert seen["answered"], seen
         assert runner.run(replies(ways)) == before
         assert runner.run(at_rest(service)) == free
 
