@@ -9,13 +9,14 @@ from http import HTTPStatus
 from time import time
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from meteora_dist import __version__
-from meteora_dist.errors import MeteoraError
+from meteora_dist.errors import InvalidRequest, MeteoraError
 from meteora_dist.serving.admin import AdminService
-from meteora_dist.serving.admin_http import admin_routes
+from meteora_dist.serving.admin_http import ADMIN_READS, ADMIN_WRITES, admin_routes
 from meteora_dist.serving.http_guard import Guard, caller_of, failure_response
 from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.openai_objects import (
@@ -96,7 +97,9 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     api.add_exception_handler(MeteoraError, _on_error)
     api.add_exception_handler(Exception, _on_error)
     api.add_exception_handler(HTTPException, _on_http_error)
-    describe(api, read=[CompletionBody, ChatBody], written=_WRITTEN)
+    api.add_exception_handler(RequestValidationError, _on_bad_parameter)
+    reads, writes = (ADMIN_READS, ADMIN_WRITES) if admin is not None else ((), ())
+    describe(api, read=[CompletionBody, ChatBody, *reads], written=[*_WRITTEN, *writes])
     return api
 
 
@@ -153,6 +156,14 @@ def _failure(error: Exception) -> Failure:
 
 async def _on_error(_: Request, error: Exception) -> Response:
     return failure_response(_failure(error))
+
+
+async def _on_bad_parameter(request: Request, error: Exception) -> Response:
+    """A parameter of the URL that cannot be read; bodies are read by ``parse``."""
+    assert isinstance(error, RequestValidationError), "registered for it"
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _on_error(request, InvalidRequest(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", name))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

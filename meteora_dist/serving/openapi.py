@@ -21,6 +21,7 @@ _FAILURES = {
     403: "The API key may not use this model.",
     404: "There is no such model.",
     408: "The request was not done in time.",
+    409: "The bank has changed since.",
     413: "The body is too large.",
     429: "The key's limits are reached, or too many calls wait already.",
     503: "The engine is starting or restarting.",
@@ -28,6 +29,8 @@ _FAILURES = {
 _TRANSIENT = (429, 503)
 GUARDED = (401, 413, 429)
 """What every route behind the gate may answer."""
+ADMIN = (*GUARDED, 400, 403, 404, 409, 503)
+"""What a route of administrators may answer."""
 GENERATION = (*GUARDED, 400, 403, 404, 408, 503)
 """What a route that generates may answer."""
 
@@ -40,18 +43,19 @@ def body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {_JSON: {"schema": _ref(model)}}}}
 
 
-def answers(model: type[BaseModel], *failures: int, chunk: type[BaseModel] | None = None) -> Responses:
+def answers(model: Object, *failures: int, chunk: Object | None = None, status: int = 200) -> Responses:
     """``responses`` of a route.
 
     Args:
         model: What it answers.
         failures: HTTP statuses of the errors it may answer instead.
         chunk: What the events have when it answers with a stream instead; None when it never does.
+        status: HTTP status of success.
     """
     content: dict[str, Any] = {_JSON: {"schema": _ref(model)}}
     if chunk is not None:
         content["text/event-stream"] = {"itemSchema": _event(chunk)}
-    responses: Responses = {200: {"description": model.__doc__, "content": content}}
+    responses: Responses = {status: {"description": model.__doc__, "content": content}}
     return responses | {status: _failure(status) for status in failures}
 
 
