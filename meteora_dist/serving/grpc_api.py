@@ -46,8 +46,6 @@ _FINISH_REASONS = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
 }
-_MAX_DETAILS = 1000
-"""Characters of a message: it travels in the trailers, which clients limit to a few kilobytes."""
 
 
 class GrpcContext(Protocol):
@@ -174,8 +172,8 @@ def given(message: Any, field: str) -> Any:
 
 
 def _sampling(message: pb.Sampling) -> Sampling:
-    fields = {name: value for name in _SAMPLING if (value := given(message, name)) is not None}
-    return Sampling(**{"temperature": 1.0} | fields, logit_bias=tuple(sorted(message.logit_bias.items())))
+    stated = {name: value for name in _SAMPLING if (value := given(message, name)) is not None}
+    return Sampling(**{"temperature": 1.0} | stated, logit_bias=tuple(sorted(message.logit_bias.items())))
 
 
 def _mode(mode: pb.Mode) -> str | None:
@@ -232,7 +230,7 @@ def _status(context: GrpcContext) -> Iterator[None]:
         if failure.status is INTERNAL:
             logger.error("a call failed", exc_info=error)
         context.set_code(failure.status.grpc)
-        context.set_details(failure.details()[:_MAX_DETAILS])
+        context.set_details(failure.details())
         raise CallFailed(failure.message) from None
 
 
