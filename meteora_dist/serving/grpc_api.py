@@ -165,8 +165,8 @@ def given(message: Any, field: str) -> Any:
 
 
 def _sampling(message: pb.Sampling) -> Sampling:
-    given = {name: value for name in _SAMPLING if (value := given(message, name)) is not None}
-    return Sampling(**{"temperature": 1.0} | given, logit_bias=tuple(sorted(message.logit_bias.items())))
+    asked = {name: value for name in _SAMPLING if (value := given(message, name)) is not None}
+    return Sampling(**{"temperature": 1.0} | asked, logit_bias=tuple(sorted(message.logit_bias.items())))
 
 
 def _mode(mode: pb.Mode) -> str | None:
