@@ -59,15 +59,6 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-def admin_only(request: Request) -> None:
-    """A dependency for routes of administrators.
-
-    Raises:
-        Forbidden: The caller is none.
-    """
-    caller_of(request).demand_admin()
-
-
 def failure_response(failure: Failure) -> JSONResponse:
     """An OpenAI error object."""
     return JSONResponse(failure.body(), failure.status.http, failure.headers())

@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from ipaddress import ip_address
@@ -37,20 +38,38 @@ LONG = 600
 GREEDY = pb.Sampling(temperature=0)
 
 
-def serve(*options: str, home: Path) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-c", "from meteora_dist.cli.main import main; main()", "serve", *options]
-    return subprocess.Popen(
-        command,
-        env=environment | {"HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+Serve = Callable[..., subprocess.Popen[str]]
 
 
-def test_it_serves_until_a_signal_and_leaves_nothing(tiny_base: Path, tiny_bank: Bank, tmp_path: Path) -> None:
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts ``meteora serve``; what a failed test leaves running is ended after it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*options: str, home: Path) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        command = [sys.executable, "-c", "from meteora_dist.cli.main import main; main()", "serve", *options]
+        process = subprocess.Popen(
+            command,
+            env=environment | {"HOME": str(home)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+
+
+def test_it_serves_until_a_signal_and_leaves_nothing(
+    serve: Serve, tiny_base: Path, tiny_bank: Bank, tmp_path: Path
+) -> None:
     http, grpc = free_port(), free_port()
     config = tmp_path / "serve.yaml"
     app = {
@@ -87,7 +106,7 @@ def test_it_serves_until_a_signal_and_leaves_nothing(tiny_base: Path, tiny_bank:
 
 
 def test_it_asks_for_keys_speaks_tls_and_ends_after_its_streams(
-    tiny_base: Path, tiny_bank: Bank, tmp_path: Path
+    serve: Serve, tiny_base: Path, tiny_bank: Bank, tmp_path: Path
 ) -> None:
     http, grpc_port, key = free_port(), free_port(), new_key()
     entry = {"name": "one", "sha256": key_digest(key), "max_live_requests": 2}
@@ -174,7 +193,9 @@ def _trusting(certificate: Path) -> ssl.SSLContext:
 
 
 @pytest.mark.parametrize("fault", ["bank", "port"])
-def test_what_cannot_work_is_said_in_one_line(fault: str, tiny_base: Path, tiny_bank: Bank, tmp_path: Path) -> None:
+def test_what_cannot_work_is_said_in_one_line(
+    fault: str, serve: Serve, tiny_base: Path, tiny_bank: Bank, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1] if fault == "port" else free_port()
         bank = tmp_path if fault == "bank" else tiny_bank.path

@@ -8,16 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
-import httpx
 import pytest
 import yaml
-from fastapi import Depends, FastAPI
 
 from meteora_dist.errors import AdapterError, BankError
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import CallFailed
 from meteora_dist.serving.http_api import create_api
-from meteora_dist.serving.http_guard import PUBLIC_PATHS, Guard, admin_only
+from meteora_dist.serving.http_guard import PUBLIC_PATHS
 from meteora_dist.serving.keys import key_digest
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
 from meteora_dist.serving.service import TextService
@@ -95,29 +93,6 @@ async def test_a_key_sees_its_models_alone(guarded: TextService) -> None:
     assert (await http.get("/v1/models/plain", headers=bearer("wide"))).status_code == 403
     experts = (await grpc_of(guarded).ListExperts(pb.ListExpertsRequest(), Context("wide"))).experts
     assert [expert.name for expert in experts] == ["wide"]
-
-
-async def test_administration_needs_an_administrators_key(guarded: TextService, gate: Gate) -> None:
-    api = FastAPI()
-    api.add_middleware(Guard, gate=gate, limits=guarded.limits)
-    create_api_handlers(api, guarded)
-
-    @api.delete("/v1/admin/experts/wide", dependencies=[Depends(admin_only)])
-    async def remove() -> dict[str, bool]:
-        return {"removed": True}
-
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as http:
-        for key, status in ((None, 401), ("wrong", 401), ("all", 403), ("root", 200)):
-            got = await http.delete("/v1/admin/experts/wide", headers=bearer(key))
-            assert got.status_code == status, key
-        refused = await http.delete("/v1/admin/experts/wide", headers=bearer("all"))
-    assert refused.json()["error"]["code"] == "permission_denied"
-
-
-def create_api_handlers(api: FastAPI, service: TextService) -> None:
-    """The error handlers of the real application."""
-    for kind, handler in create_api(service).exception_handlers.items():
-        api.add_exception_handler(kind, handler)
 
 
 @both
