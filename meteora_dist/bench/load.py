@@ -42,6 +42,8 @@ class LoadPlan:
         duration_s: How long new requests are begun; None leaves the end to ``requests``.
         prompt_tokens: Words of a prompt, which most vocabularies make as many tokens of.
         answer_tokens: ``max_tokens``.
+        spread: By what part of these the lengths of a request may be less, drawn at random; 0 makes all alike, and
+            streams that began together end together.
         chat: Whether the chat endpoint is asked, and not that for completions.
         ignore_eos: Whether answers go on after their end up to ``answer_tokens``; not every endpoint knows that field.
         api_key: Sent with every request.
@@ -57,6 +59,7 @@ class LoadPlan:
     duration_s: float | None = None
     prompt_tokens: int = 32
     answer_tokens: int = 32
+    spread: float = 0.0
     chat: bool = False
     ignore_eos: bool = False
     api_key: str | None = None
@@ -69,19 +72,25 @@ class LoadPlan:
             raise InvalidRequest(f"{self.url!r} must start with http:// or https://")
         if not self.models:
             raise InvalidRequest("a load needs at least one model")
+        if not 0 <= self.spread < 1:
+            raise InvalidRequest(f"the spread is {self.spread}, but must be at least 0 and below 1")
         if self.requests is None and self.duration_s is None:
             raise InvalidRequest("a load needs an end: requests, a duration, or both")
 
     def body(self, number: int) -> dict[str, Any]:
         """The ``number``-th request."""
         dice = random.Random(f"{self.seed}-{number}")
-        prompt = " ".join(dice.choices(_WORDS.split(), k=self.prompt_tokens))
+        words, answer = (
+            dice.randint(max(1, round(most * (1 - self.spread))), most)
+            for most in (self.prompt_tokens, self.answer_tokens)
+        )
+        prompt = " ".join(dice.choices(_WORDS.split(), k=words))
         content: dict[str, Any] = (
             {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         )
         return content | {
             "model": self.models[number % len(self.models)],
-            "max_tokens": self.answer_tokens,
+            "max_tokens": answer,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -16,6 +16,8 @@ from meteora_dist.serving.local import running_service
 _SAMPLE_S = 0.5
 _RAMP = 0.2
 """Part of the warm-up in which callers begin, one after the other: how a service takes a storm is another question."""
+_SPREAD = 0.5
+"""Answers of one length would end, and the next requests begin, all in the same step: a storm again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,8 @@ class LocalLoadPlan:
         warm_up_s: Seconds of load before memory is compared; pages of the KV cache count from their first use, so it
             should give every stream the time for a whole answer.
         duration_s: Seconds of load after that.
-        prompt_tokens: Words of a prompt.
-        answer_tokens: Tokens of an answer.
+        prompt_tokens: Most words of a prompt; half as many at least.
+        answer_tokens: Most tokens of an answer; half as many at least.
     """
 
     models: tuple[str, ...] = ("auto",)
@@ -52,6 +54,7 @@ class LocalLoadPlan:
             prompt_tokens=self.prompt_tokens,
             answer_tokens=self.answer_tokens,
             ignore_eos=True,
+            spread=_SPREAD,
             ramp_s=_RAMP * self.warm_up_s,
         )
 

@@ -44,7 +44,7 @@ def load(
     knocking: Annotated[int, typer.Option(help="Callers beyond the limit, who are refused.", min=0)] = 16,
     warm_up: Annotated[float, typer.Option(help="Seconds of load before memory is compared.", min=0)] = 60.0,
     duration: Annotated[float, typer.Option(help="Seconds of load after that.", min=1)] = 60.0,
-    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
+    answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer; half as many at least.", min=1)] = 32,
     json_file: _JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="Also write a page of curves to this file (HTML).")] = None,
 ) -> None:

@@ -137,6 +137,16 @@ def test_callers_begin_one_after_the_other() -> None:
     assert third - second > 0.15
 
 
+def test_lengths_vary_within_the_spread_and_repeat() -> None:
+    plan = LoadPlan("http://host/v1", ("any",), prompt_tokens=20, answer_tokens=10, spread=0.5)
+    bodies = [plan.body(number) for number in range(200)]
+    assert {body["max_tokens"] for body in bodies} == set(range(5, 11))
+    assert {len(body["prompt"].split()) for body in bodies} == set(range(10, 21))
+    assert bodies[7] == plan.body(7)
+    with pytest.raises(InvalidRequest, match="spread"):
+        LoadPlan("http://host/v1", ("any",), spread=1.0)
+
+
 def test_percentiles_are_of_the_nearest_rank() -> None:
     assert Percentiles.of([second / 1000 for second in range(1, 101)]) == Percentiles(50.0, 90.0, 99.0)
     assert Percentiles.of([0.002]) == Percentiles(2.0, 2.0, 2.0)
