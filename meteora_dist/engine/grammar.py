@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,11 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from meteora_dist.engine.grammar_trial import LIMITS, reason
+
+_KEPT = 16
+"""Compiled grammars that are kept: callers tend to send the same schema again."""
 
 
 class GrammarFailed(Exception):
@@ -37,6 +43,7 @@ class Grammars:
         self._eos = list(eos)
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._compiled = lru_cache(maxsize=_KEPT)(self._compile)
 
     def load(self) -> LLTokenizer:
         """The tokenizer, read once; for any thread."""
@@ -47,12 +54,24 @@ class Grammars:
                 self._tokenizer = from_tokenizer(hf, n_vocab=self._vocabulary, eos_token=self._eos)
             return self._tokenizer
 
+    def compile(self, grammar: str) -> None:
+        """Makes the first matcher of a grammar quick to have; for any thread, as it takes up to a second.
+
+        Raises:
+            GrammarFailed: The grammar is none, or too complex.
+        """
+        if wrong := reason(self._compiled(grammar)):
+            raise GrammarFailed(f"the grammar of the answer cannot be used: {wrong}")
+
     def matcher(self, grammar: str, produced: Sequence[int]) -> Matcher:
         """A matcher of ``grammar`` that has seen the tokens ``produced`` already."""
-        matcher = Matcher(LLMatcher(self.load(), grammar), self._vocabulary)
+        matcher = Matcher(self._compiled(grammar).deep_copy(), self._vocabulary)
         for token in produced:
             matcher.accept(token)
         return matcher
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        return LLMatcher(self.load(), grammar, log_level=0, limits=LIMITS)
 
 
 class Matcher:
@@ -71,7 +90,7 @@ class Matcher:
         """
         words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise GrammarFailed(f"the grammar of the answer cannot be followed: {self._matcher.get_error()}")
+            raise GrammarFailed(f"the grammar of the answer cannot be followed: {reason(self._matcher)}")
         allowed_V = np.unpackbits(words, bitorder="little")[: self._vocabulary].astype(bool)
         return logits_V.masked_fill(~torch.from_numpy(allowed_V).to(logits_V.device), float("-inf"))
 

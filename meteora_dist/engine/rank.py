@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
-from meteora_dist.engine.grammar import Grammars
+from meteora_dist.engine.grammar import GrammarFailed, Grammars
 from meteora_dist.engine.lockstep import BACKENDS, COLLECTIVE_TIMEOUT, join
 from meteora_dist.engine.manager import LockstepManager, Notes
 from meteora_dist.engine.mesh import Mesh
@@ -107,8 +107,7 @@ class RankEngine:
             request = replace(request, generation=self.routed.holdings.residency.roster.newest)
         self._refuse_unservable(request)
         if request.grammar is not None:
-            # Read here, and not in the middle of everybody's batch.
-            await asyncio.to_thread(self._grammars.load)
+            await self._compile(request.grammar)
         live = _Live(request, asyncio.get_running_loop())
         self._live[request.request_id] = live
         try:
@@ -206,6 +205,13 @@ class RankEngine:
             self._manager.stop(block=True)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    async def _compile(self, grammar: str) -> None:
+        """Does here what would hold up everybody's batch there."""
+        try:
+            await asyncio.to_thread(self._grammars.compile, grammar)
+        except GrammarFailed as failure:
+            raise InvalidRequest(str(failure), "response_format") from None
 
     def _submit(self, request: GenerationRequest) -> None:
         try:

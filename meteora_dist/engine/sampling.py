@@ -13,6 +13,8 @@ from torch import Tensor
 from meteora_dist.engine.request import Logprobs, Sampling
 
 _CUT = float("-inf")
+_COLDEST = 1e-4
+"""Below, dividing by the temperature overflows, and the most probable token is drawn anyway."""
 
 
 def adjusted(logits_V: Tensor, sampling: Sampling, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
@@ -44,7 +46,7 @@ def draw_scores(logits_V: Tensor, sampling: Sampling, position: int) -> Tensor:
     Greedy returns the logits. Otherwise the Gumbel-max trick: argmax of log-probabilities plus Gumbel noise draws
     from the distribution, and noise keyed by (seed, position) makes the draw independent of the batch around it.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return logits_V
     scaled_V = _cut(logits_V / sampling.temperature, sampling)
     generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + position) % 2**63)
@@ -73,8 +75,10 @@ def _cut(scaled_V: Tensor, sampling: Sampling) -> Tensor:
         sorted_V = sorted_V.masked_fill(beyond_V, _CUT)
     if sampling.top_p < 1:
         probabilities_V = sorted_V.softmax(-1)
-        # A token stays while the sum before it is below top_p, so the most probable one always does.
+        # A token stays while the sum before it is below top_p.
         beyond_V |= probabilities_V.cumsum(-1) - probabilities_V >= sampling.top_p
+        # The most probable one always does, even where top_p is 0 in fp32.
+        beyond_V[0] = False
     return scaled_V.masked_fill(torch.zeros_like(beyond_V).scatter(0, order_V, beyond_V), _CUT)
 
 

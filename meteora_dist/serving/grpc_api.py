@@ -46,8 +46,6 @@ _FINISH_REASONS = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
 }
-_MAX_DETAILS = 1000
-"""Characters of a message: it travels in the trailers, which clients limit to a few kilobytes."""
 
 
 class GrpcContext(Protocol):
@@ -232,7 +230,7 @@ def _status(context: GrpcContext) -> Iterator[None]:
         if failure.status is INTERNAL:
             logger.error("a call failed", exc_info=error)
         context.set_code(failure.status.grpc)
-        context.set_details(failure.details()[:_MAX_DETAILS])
+        context.set_details(failure.details())
         raise CallFailed(failure.message) from None
 
 

@@ -9,7 +9,6 @@ base                      no expert
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -23,6 +22,9 @@ CHOOSING: tuple[Mode, ...] = ("auto", "auto-sequence", "base")
 MAX_BLEND = 8
 """Most experts of a blend: every token pays for all of them."""
 MAX_WEIGHT = 16.0
+MIN_TEMPERATURE = 0.001
+MAX_TEMPERATURE = 1000.0
+"""Of the gates; beyond these, a softmax in fp32 overflows or knows no difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,9 @@ def select(
         )
     if top_k is not None and top_k < 1:
         raise InvalidRequest(f"routing.top_k is {top_k}, but must be at least 1", "routing.top_k")
-    if temperature is not None and not 0 < temperature < math.inf:
-        message = f"routing.temperature is {temperature}, but must be above 0 and finite"
-        raise InvalidRequest(message, "routing.temperature")
+    if temperature is not None and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        wanted = f"between {MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:g}"
+        raise InvalidRequest(f"routing.temperature is {temperature}, but must be {wanted}", "routing.temperature")
     for name, value in (("top_k", top_k), ("temperature", temperature)):
         if value is not None and chosen.mode != "auto":
             raise InvalidRequest(f"routing.{name} is for mode auto, and this is {chosen.mode}", f"routing.{name}")

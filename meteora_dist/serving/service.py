@@ -19,6 +19,7 @@ from meteora_dist.observability.calls import Call, Observer, current_call
 from meteora_dist.serving.admission import Admission
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.gate import Gate
+from meteora_dist.serving.json_grammar import GrammarCheck
 from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.merge import merged
@@ -109,6 +110,7 @@ class TextService:
         self.requests: Counter[str] = Counter()
         self._engine = engine
         self._tokenizer = tokenizer
+        self._grammars = GrammarCheck()
 
     def check(self) -> None:
         """Raises EngineUnavailable when no request can be answered."""
@@ -119,7 +121,7 @@ class TextService:
         """Checks and tokenizes a call.
 
         Raises:
-            InvalidRequest: A field is out of range, or a prompt has no tokens.
+            InvalidRequest: A field is out of range, a prompt has no tokens, or the grammar cannot be used.
             Forbidden: The caller may not use its model.
             ExpertNotFound: Its model is not served.
             Overloaded: Too many calls wait already.
@@ -136,6 +138,8 @@ class TextService:
         # A long prompt must not hold up the streams of others.
         prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(prompt) for prompt in request.prompts])
         rooms = [self._room(request, prompt, len(ids)) for prompt, ids in zip(request.prompts, prompts, strict=True)]
+        if request.grammar is not None:
+            await self._grammars.check(request.grammar)
         seed = SystemRandom().getrandbits(63) if request.seed is None else request.seed
         call.completion_id = uuid4().hex
         call.reads(sum(map(len, prompts)))

@@ -84,6 +84,8 @@ class Failure:
         return self.status.retry_after_s if self.retry_after_s is None else self.retry_after_s
 
 
+_MAX_MESSAGE = 1000
+"""Characters of a message: it may repeat what the caller sent, and gRPC's trailers are limited to a few kilobytes."""
 _INVALID = "invalid_request_error"
 
 INTERNAL = Status(500, "server_error", "internal_error", grpc.StatusCode.INTERNAL)
@@ -116,7 +118,13 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(INTERNAL, "the service failed to answer this request; its log says why")
     return Failure(
         status,
-        str(error),
+        _shortened(str(error)),
         param=error.param if isinstance(error, InvalidRequest) else None,
         retry_after_s=error.retry_after_s if isinstance(error, Overloaded) else None,
     )
+
+
+def _shortened(message: str) -> str:
+    """Without its middle when it is too long: what would be right stands at the end."""
+    half = _MAX_MESSAGE // 2
+    return message if len(message) <= _MAX_MESSAGE else f"{message[: half - 5]} ... {message[-half:]}"

@@ -81,6 +81,11 @@ class TextTokenizer:
             text = self._chat.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise InvalidRequest(f"the model's chat template refuses this conversation: {error}", "messages") from error
+        except Exception as error:
+            # A template is a program of the model's: what it stumbles over is not for callers to read.
+            raise InvalidRequest(
+                "the model's chat template cannot be used for this conversation", "messages"
+            ) from error
         assert isinstance(text, str), "without tokenize a template renders text"
         return text
 

@@ -332,14 +332,22 @@ async def test_a_vote_reports_the_shares_over_the_whole_prompt(tiny_base: Path, 
         engine.stop()
 
 
-async def test_a_grammar_too_complex_to_follow_fails_its_own_request_alone(tiny_base: Path, tiny_bank: Bank) -> None:
+async def test_a_grammar_that_is_none_or_too_complex_fails_its_own_request_alone(
+    tiny_base: Path, tiny_bank: Bank
+) -> None:
+    many = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(1500)}}
     engine = RankEngine(config(tiny_base, tiny_bank))
     try:
-        broken = GenerationRequest("broken", (5, 6), 8, grammar='{"grammars": [{"lark_grammar": "start: x"}]}')
         steady = asyncio.ensure_future(collect(engine, REQUESTS[0]))
-        with pytest.raises(InvalidRequest, match="grammar of the answer cannot be followed") as refused:
-            await collect(engine, broken)
-        assert refused.value.param == "response_format"
+        for grammar, says in [
+            ('{"grammars": [{"lark_grammar": "start: x"}]}', "cannot be used: .*unknown name"),
+            (json_grammar(many), "cannot be followed: Parser Error: Current row has 6007 items; max is 2000"),
+        ]:
+            broken = GenerationRequest("broken", (5, 6), 20, grammar=grammar)
+            with pytest.raises(InvalidRequest, match=f"grammar of the answer {says}") as refused:
+                await collect(engine, broken)
+            assert refused.value.param == "response_format"
+            assert "verbose" not in str(refused.value)
         assert len(await steady) == REQUESTS[0].max_tokens
     finally:
         engine.stop()

@@ -47,6 +47,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert draws(Sampling(temperature=1.0, top_p=1e-6, seed=2), 50).tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("cold", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"top_p": 1e-50}, {"top_p": 5e-324}])
+def test_what_is_nothing_in_fp32_leaves_the_most_probable_token(cold: dict[str, float]) -> None:
+    reversed_V = LOGITS_V.flip(0)
+    for position in range(20):
+        assert int(draw_scores(reversed_V, Sampling(**{"temperature": 1.0} | cold), position).argmax()) == 3
+
+
 def test_seed_and_position_decide_the_draw() -> None:
     once = draw_scores(LOGITS_V, Sampling(temperature=1.0, seed=9), 4)
     assert torch.equal(once, draw_scores(LOGITS_V, Sampling(temperature=1.0, seed=9), 4))

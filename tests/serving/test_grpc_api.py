@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from meteora_dist.engine.request import Sampling
-from meteora_dist.errors import EngineUnavailable
+from meteora_dist.errors import EngineUnavailable, InvalidRequest
 from meteora_dist.serving.grpc_api import CallFailed, GrpcMethods, text_request
 from meteora_dist.serving.json_grammar import json_grammar
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
@@ -152,3 +152,13 @@ async def test_a_fault_of_ours_tells_no_detail(make_service: MakeService) -> Non
         await servicer.Generate(pb.GenerateRequest(prompt="Hi"), context)
     assert context.code == grpc.StatusCode.INTERNAL
     assert "secret" not in context.details + str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "schema", ['{"const": NaN}', '{"const": "\\ud800"}', '{"items":' * 300 + "{}" + "}" * 300, "[" * 9999]
+)
+def test_json_that_is_none_of_a_schema_is_refused(schema: str) -> None:
+    message = pb.GenerateRequest(prompt="Hi", response_format=pb.ResponseFormat(json_schema=schema))
+    with pytest.raises(InvalidRequest, match="JSON") as caught:
+        text_request(message)
+    assert caught.value.param == "response_format"

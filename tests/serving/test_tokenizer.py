@@ -53,6 +53,14 @@ def test_a_model_without_a_chat_template_says_so(tiny_base: Path, tmp_path: Path
     assert caught.value.param == "messages"
 
 
+def test_a_template_that_stumbles_says_nothing_of_itself(tiny_base: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((tiny_base / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ 1 // (messages | length - 1) }}")
+    with pytest.raises(InvalidRequest, match="template cannot be used for this conversation"):
+        TextTokenizer.open(tmp_path).encode((Turn("user", "Hi"),))
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="tokenizer"):
         TextTokenizer.open(tmp_path)

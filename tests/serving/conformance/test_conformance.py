@@ -275,7 +275,7 @@ NESTED = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type":
         ({"min_p": 1.1}, 400, "min_p", "between 0 and 1"),
         ({"presence_penalty": 2.1}, 400, "presence_penalty", "between -2 and 2"),
         ({"frequency_penalty": -2.1}, 400, "frequency_penalty", "between -2 and 2"),
-        ({"repetition_penalty": 0.0}, 400, "repetition_penalty", "above 0"),
+        ({"repetition_penalty": 0.0}, 400, "repetition_penalty", "between 0.01 and 100"),
         ({"logit_bias": {"5": 101.0}}, 400, "logit_bias", "between -100 and 100"),
         ({"logit_bias": {"260": 1.0}}, 400, "logit_bias", "token ids from 0 to 259"),
         ({"logit_bias": dict.fromkeys(map(str, range(301)), 1.0)}, 400, "logit_bias", "for at most 300"),
@@ -297,7 +297,7 @@ NESTED = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type":
         ({"model": "plain", "routing": {"mode": "base"}}, 400, "model", "says another choice than routing"),
         ({"model": "plain", "routing": {"top_k": 1}}, 400, "routing.top_k", "is for mode auto, and this is named"),
         ({"routing": {"top_k": 0}}, 400, "routing.top_k", "at least 1"),
-        ({"routing": {"temperature": 0.0}}, 400, "routing.temperature", "above 0"),
+        ({"routing": {"temperature": 0.0}}, 400, "routing.temperature", "between 0.001 and 1000"),
         ({"routing": {"mode": "named"}}, 400, "routing.experts", "one expert"),
         ({"routing": {"mode": "blend"}}, 400, "routing.experts", "0 experts"),
         (
