@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
-from meteora_dist.bank import BankManifest
+from meteora_dist.bank import BankManifest, ExpertEntry
 from meteora_dist.config import StrictModel
 from meteora_dist.serving.admin import AdminService
 from meteora_dist.serving.experts import ExpertStatus
 from meteora_dist.serving.http_guard import caller_of
 from meteora_dist.serving.openai_reply import Json
 from meteora_dist.serving.openai_schema import parse
+from meteora_dist.serving.openapi import ADMIN, answers, body
 
 Expected = Annotated[
     int | None, Query(description="The generation the caller takes for the newest; stale ones are refused.")
@@ -42,36 +43,97 @@ class NewExpertBody(AdapterBody):
     name: str
 
 
+class ExpertRow(ExpertEntry):
+    """An expert as it is served now.
+
+    Attributes:
+        groups: The expert-parallel groups that hold it.
+        resident_bytes: Its matrices on all ranks together.
+        requests: Calls that chose it, since the service started.
+        routed: How often tokens were routed to it, since the ranks started.
+    """
+
+    groups: tuple[int, ...]
+    resident_bytes: int
+    requests: int
+    routed: int
+
+
+class ExpertTable(StrictModel):
+    """The experts of the newest generation of the bank."""
+
+    generation: int
+    experts: tuple[ExpertRow, ...]
+
+
+class Changed(StrictModel):
+    """The new generation of the bank, and the names of its experts."""
+
+    generation: int
+    experts: tuple[str, ...]
+
+
+class Moved(StrictModel):
+    """How many adapters have moved."""
+
+    moved: int
+
+
+ADMIN_READS = (AdapterBody, NewExpertBody)
+ADMIN_WRITES = (ExpertTable, Changed, ExpertEntry, Moved)
+
+
 def admin_routes(admin: AdminService) -> APIRouter:
     """The routes; all of them need the key of an administrator."""
     router = APIRouter(prefix="/admin")
 
-    @router.get("/experts")
+    @router.get("/experts", responses=answers(ExpertTable, *ADMIN), response_model=None, operation_id="listExperts")
     async def list_experts(request: Request) -> Json:
         experts = await admin.list(caller_of(request))
         return {"generation": admin.manifest.generation, "experts": [_status(expert) for expert in experts]}
 
-    @router.post("/experts", status_code=201, openapi_extra=_body(NewExpertBody))
+    @router.post(
+        "/experts",
+        status_code=201,
+        openapi_extra=body(NewExpertBody),
+        responses=answers(Changed, *ADMIN, status=201),
+        response_model=None,
+        operation_id="addExpert",
+    )
     async def add_expert(request: Request) -> Json:
-        body = parse(NewExpertBody, await request.body())
-        return _change(await admin.add(caller_of(request), body.name, body.adapter, body.generation))
+        new = parse(NewExpertBody, await request.body())
+        return _change(await admin.add(caller_of(request), new.name, new.adapter, new.generation))
 
-    @router.post("/experts/validate", openapi_extra=_body(NewExpertBody))
+    @router.post(
+        "/experts/validate",
+        openapi_extra=body(NewExpertBody),
+        responses=answers(ExpertEntry, *ADMIN),
+        response_model=None,
+        operation_id="validateExpert",
+    )
     async def validate_expert(request: Request) -> Json:
-        body = parse(NewExpertBody, await request.body())
-        entry = await admin.validate(caller_of(request), body.name, body.adapter)
+        new = parse(NewExpertBody, await request.body())
+        entry = await admin.validate(caller_of(request), new.name, new.adapter)
         return entry.model_dump(mode="json")
 
-    @router.put("/experts/{name}", openapi_extra=_body(AdapterBody))
+    @router.put(
+        "/experts/{name}",
+        openapi_extra=body(AdapterBody),
+        responses=answers(Changed, *ADMIN),
+        response_model=None,
+        operation_id="replaceExpert",
+    )
     async def replace_expert(name: str, request: Request) -> Json:
-        body = parse(AdapterBody, await request.body())
-        return _change(await admin.replace(caller_of(request), name, body.adapter, body.generation))
+        new = parse(AdapterBody, await request.body())
+        return _change(await admin.replace(caller_of(request), name, new.adapter, new.generation))
 
-    @router.delete("/experts/{name}")
+    @router.delete(
+        "/experts/{name}", responses=answers(Changed, *ADMIN), response_model=None, operation_id="removeExpert"
+    )
     async def remove_expert(name: str, request: Request, generation: Expected = None) -> Json:
         return _change(await admin.remove(caller_of(request), name, generation))
 
-    @router.post("/rebalance")
+    @router.post("/rebalance", responses=answers(Moved, *ADMIN), response_model=None, operation_id="rebalance")
     async def rebalance(request: Request) -> Json:
         return {"moved": await admin.rebalance(caller_of(request))}
 
@@ -90,8 +152,3 @@ def _status(expert: ExpertStatus) -> Json:
 
 def _change(manifest: BankManifest) -> Json:
     return {"generation": manifest.generation, "experts": [expert.name for expert in manifest.experts]}
-
-
-def _body(model: type[AdapterBody]) -> dict[str, Any]:
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -7,23 +7,33 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from http import HTTPStatus
 from time import time
-from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
 from meteora_dist import __version__
-from meteora_dist.errors import MeteoraError
+from meteora_dist.errors import InvalidRequest, MeteoraError
 from meteora_dist.observability.calls import current_call
 from meteora_dist.serving.admin import AdminService
-from meteora_dist.serving.admin_http import admin_routes
+from meteora_dist.serving.admin_http import ADMIN_READS, ADMIN_WRITES, admin_routes
 from meteora_dist.serving.http_guard import Guard, caller_of, failure_response
 from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.observed import Observed
+from meteora_dist.serving.openai_objects import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChunk,
+    Health,
+    Model,
+    ModelList,
+)
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
 from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
+from meteora_dist.serving.openapi import GENERATION, GUARDED, answers, body, describe
 from meteora_dist.serving.request import Ending, Piece, collect, usage_of
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.status import METHOD_NOT_ALLOWED, NO_SUCH_ROUTE, Failure, failure_of
@@ -32,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 # FastAPI's own spans and logs would have what callers write into a query, and the text of exceptions.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+_WRITTEN = (Completion, CompletionChunk, ChatCompletion, ChatChunk, ModelList, Model, Health)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -50,31 +61,46 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     api.add_middleware(Observed, observer=service.observer)
     started = int(time())
 
-    @api.post("/v1/completions", openapi_extra=_body(CompletionBody))
+    @api.post(
+        "/v1/completions",
+        openapi_extra=body(CompletionBody),
+        responses=answers(Completion, *GENERATION, chunk=CompletionChunk),
+        operation_id="createCompletion",
+    )
     async def completions(request: Request) -> Response:
         return await _answer(service, caller_of(request), parse(CompletionBody, await request.body()))
 
-    @api.post("/v1/chat/completions", openapi_extra=_body(ChatBody))
+    @api.post(
+        "/v1/chat/completions",
+        openapi_extra=body(ChatBody),
+        responses=answers(ChatCompletion, *GENERATION, chunk=ChatChunk),
+        operation_id="createChatCompletion",
+    )
     async def chat_completions(request: Request) -> Response:
         return await _answer(service, caller_of(request), parse(ChatBody, await request.body()))
 
-    @api.get("/v1/models")
+    @api.get("/v1/models", responses=answers(ModelList, *GUARDED), operation_id="listModels", response_model=None)
     async def models(request: Request) -> Json:
         names = service.catalog.models_of(caller_of(request))
         return {"object": "list", "data": [_model(name, started) for name in names]}
 
-    @api.get("/v1/models/{name}")
+    @api.get(
+        "/v1/models/{name}",
+        responses=answers(Model, *GUARDED, 403, 404),
+        operation_id="retrieveModel",
+        response_model=None,
+    )
     async def model(name: str, request: Request) -> Json:
         service.catalog.check([name], caller_of(request))
         return _model(name, started)
 
-    @api.get("/healthz")
-    @api.get("/readyz")
+    @api.get("/healthz", responses=answers(Health, 503), operation_id="healthz", response_model=None)
+    @api.get("/readyz", responses=answers(Health, 503), operation_id="readyz", response_model=None)
     async def ready() -> Json:
         service.check()
         return {"status": "ok"}
 
-    @api.get("/livez")
+    @api.get("/livez", responses=answers(Health), operation_id="livez", response_model=None)
     async def alive() -> Json:
         return {"status": "ok"}
 
@@ -83,14 +109,17 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
     api.add_exception_handler(MeteoraError, _on_error)
     api.add_exception_handler(Exception, _on_error)
     api.add_exception_handler(HTTPException, _on_http_error)
+    api.add_exception_handler(RequestValidationError, _on_bad_parameter)
+    reads, writes = (ADMIN_READS, ADMIN_WRITES) if admin is not None else ((), ())
+    describe(api, read=[CompletionBody, ChatBody, *reads], written=[*_WRITTEN, *writes])
     return api
 
 
-async def _answer(service: TextService, caller: Caller, body: CompletionBody | ChatBody) -> Response:
-    prepared = await service.prepare(body.to_request(), caller)
-    reply = Reply(prepared, isinstance(body, ChatBody), body.include_usage)
+async def _answer(service: TextService, caller: Caller, asked: CompletionBody | ChatBody) -> Response:
+    prepared = await service.prepare(asked.to_request(), caller)
+    reply = Reply(prepared, isinstance(asked, ChatBody), asked.include_usage)
     pieces = service.pieces(prepared)
-    if not body.stream:
+    if not asked.stream:
         async with aclosing(pieces):
             return JSONResponse(reply.whole(await collect(pieces, len(prepared.answers))))
     # Waiting for the first piece gives errors of the start their own status.
@@ -130,11 +159,6 @@ def _model(name: str, created: int) -> Json:
     return {"id": name, "object": "model", "created": created, "owned_by": "meteora"}
 
 
-def _body(model: type[CompletionBody] | type[ChatBody]) -> dict[str, Any]:
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
 def _failure(error: Exception) -> Failure:
     failure = failure_of(error)
     current_call().failed(failure.status.http, failure.status.code)
@@ -145,6 +169,14 @@ def _failure(error: Exception) -> Failure:
 
 async def _on_error(_: Request, error: Exception) -> Response:
     return failure_response(_failure(error))
+
+
+async def _on_bad_parameter(request: Request, error: Exception) -> Response:
+    """A parameter of the URL that cannot be read; bodies are read by ``parse``."""
+    assert isinstance(error, RequestValidationError), "registered for it"
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _on_error(request, InvalidRequest(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", name))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

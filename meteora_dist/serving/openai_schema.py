@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 
 from meteora_dist.engine.request import Sampling
 from meteora_dist.errors import InvalidRequest
+from meteora_dist.serving import ranges
 from meteora_dist.serving.json_grammar import json_grammar
 from meteora_dist.serving.request import Prompt, TextRequest, TokenIds, Turn
-from meteora_dist.serving.selection import select
+from meteora_dist.serving.selection import MAX_BLEND, MAX_TEMPERATURE, MAX_WEIGHT, MIN_TEMPERATURE, MODES, select
 
 COMPLETION_MAX_TOKENS = 16
 """What OpenAI's completions endpoint produces when ``max_tokens`` is absent."""
@@ -19,7 +21,15 @@ COMPLETION_MAX_TOKENS = 16
 _UNION_PARTS = frozenset({"str", "list[str]", "list[int]", "list[list[int]]", "list[TextPart]"})
 """What pydantic adds to a field's path for the alternative it tried."""
 
+_MAX_DIGITS = 10
+"""Of a token id."""
+
 Body = TypeVar("Body", bound=BaseModel)
+
+
+def _documented(**schema: object) -> Any:
+    """An optional field with a range that the OpenAPI document shows; ``check_ranges`` and ``select`` enforce it."""
+    return Field(default=None, json_schema_extra=cast(JsonDict, schema))
 
 
 class _Strict(BaseModel):
@@ -45,7 +55,7 @@ class ChosenExpert(_Strict):
     """
 
     name: str
-    weight: float | None = None
+    weight: float | None = _documented(minimum=-MAX_WEIGHT, maximum=MAX_WEIGHT)
 
 
 class RoutingOptions(_Strict):
@@ -59,10 +69,10 @@ class RoutingOptions(_Strict):
         trace: Whether every choice reports each expert's share for every token.
     """
 
-    mode: str | None = None
-    experts: list[ChosenExpert] | None = None
-    top_k: int | None = None
-    temperature: float | None = None
+    mode: str | None = _documented(enum=[*MODES, None])
+    experts: list[ChosenExpert] | None = _documented(maxItems=MAX_BLEND)
+    top_k: int | None = _documented(minimum=1)
+    temperature: float | None = _documented(minimum=MIN_TEMPERATURE, maximum=MAX_TEMPERATURE)
     trace: bool = False
 
 
@@ -106,18 +116,20 @@ class GenerationBody(_Strict):
     """What both endpoints take; ranges are checked where both protocols meet, in ``check_ranges``."""
 
     model: str = "auto"
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    n: int | None = None
+    max_tokens: int | None = _documented(minimum=1)
+    temperature: float | None = _documented(minimum=0, maximum=ranges.MAX_TEMPERATURE)
+    top_p: float | None = _documented(exclusiveMinimum=0, maximum=1)
+    top_k: int | None = _documented(minimum=0, maximum=ranges.MAX_INTEGER)
+    min_p: float | None = _documented(minimum=0, maximum=1)
+    presence_penalty: float | None = _documented(minimum=-ranges.MAX_PENALTY, maximum=ranges.MAX_PENALTY)
+    frequency_penalty: float | None = _documented(minimum=-ranges.MAX_PENALTY, maximum=ranges.MAX_PENALTY)
+    repetition_penalty: float | None = _documented(minimum=ranges.MIN_REPETITION, maximum=ranges.MAX_REPETITION)
+    logit_bias: dict[str, float] | None = _documented(
+        propertyNames={"pattern": f"^[0-9]{{1,{_MAX_DIGITS}}}$"}, maxProperties=ranges.MAX_BIASES
+    )
+    stop: str | list[str] | None = _documented(minLength=1)
+    seed: int | None = _documented(minimum=ranges.MIN_SEED, maximum=ranges.MAX_SEED)
+    n: int | None = _documented(minimum=1, maximum=ranges.MAX_ANSWERS)
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     stream: bool | None = None
@@ -176,7 +188,7 @@ class CompletionBody(GenerationBody):
     """
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = None
+    logprobs: int | None = _documented(minimum=0, maximum=ranges.MAX_TOP_LOGPROBS)
 
     def to_request(self) -> TextRequest:
         """The protocol-independent request; raises InvalidRequest."""
@@ -215,9 +227,9 @@ class ChatBody(GenerationBody):
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = _documented(minimum=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = _documented(minimum=0, maximum=ranges.MAX_TOP_LOGPROBS)
 
     def to_request(self) -> TextRequest:
         """The protocol-independent request; raises InvalidRequest."""
@@ -263,6 +275,6 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[Pro
 
 
 def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    if wrong := [token for token in given if not token.isdecimal()]:
+    if wrong := [token for token in given if not (token.isdecimal() and len(token) <= _MAX_DIGITS)]:
         raise InvalidRequest(f"logit_bias: {wrong[0]!r} is no token id", "logit_bias")
     return tuple((int(token), value) for token, value in given.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,8 @@ async def test_content_parts_and_harmless_fields_are_taken(tokenizer: TextTokeni
 
 P = "/v1/completions"
 C = "/v1/chat/completions"
+NEST = json.loads('{"items": ' * 150 + "{}" + "}" * 150)
+DEEP = {"type": "json_schema", "json_schema": {"name": "x", "schema": NEST}}
 
 
 @pytest.mark.parametrize(
@@ -155,6 +158,12 @@ C = "/v1/chat/completions"
         (P, {"prompt": "a", "temperature": 3}, 400, "temperature", "between 0 and 2"),
         (P, {"prompt": "a", "stop": [1]}, 400, "stop", "valid string"),
         (P, {"prompt": ["a", "b"], "n": 17}, 400, "n", "at most 32 answers"),
+        (P, {"prompt": "a", "top_k": 10**30}, 400, "top_k", "at least 1, or 0"),
+        (P, {"prompt": "a", "repetition_penalty": 1e300}, 400, "repetition_penalty", "between 0.01 and 100"),
+        (P, {"prompt": "a", "routing": {"temperature": 1e-320}}, 400, "routing.temperature", "between 0.001 and 1000"),
+        (P, {"prompt": "a", "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias", "is no token id"),
+        (P, b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", 400, None, ""),
+        (P, {"prompt": "a", "response_format": DEEP}, 400, "response_format", "recursion limit"),
         (P, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "'x' is no token id"),
         (P, {"prompt": "a", "routing": {"k": 2}}, 400, "routing.k", "routing.k is not a field"),
         (P, {"prompt": "a", "routing": {"top_k": 0}}, 400, "routing.top_k", "at least 1"),
@@ -175,6 +184,11 @@ async def test_bad_requests_get_an_openai_error(
     error = got.json()["error"]
     assert (got.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert message in error["message"]
+
+
+async def test_messages_do_not_grow_with_what_was_sent(yes: httpx.AsyncClient) -> None:
+    got = await yes.post(P, json={"prompt": "a", "model": "x" * 100_000})
+    assert (got.status_code, len(got.json()["error"]["message"])) == (404, 1000)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -244,7 +258,18 @@ async def test_too_many_requests_are_429(tokenizer: TextTokenizer, connect: Conn
     assert [(await answer).status_code for answer in running] == [200, 200]
 
 
-async def test_the_api_describes_its_bodies(yes: httpx.AsyncClient) -> None:
-    schema = (await yes.get("/openapi.json")).json()
-    body = schema["paths"][C]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body["required"] == ["messages"]
+async def test_the_document_describes_every_route_and_resolves(yes: httpx.AsyncClient) -> None:
+    document = (await yes.get("/openapi.json")).json()
+    assert set(document["paths"]) == {P, C, "/v1/models", "/v1/models/{name}", "/healthz", "/readyz", "/livez"}
+    schemas = document["components"]["schemas"]
+    assert (await yes.get("/openapi.json")).text.count("#/$defs/") == 0
+    for name in re.findall(r"#/components/schemas/(\w+)", json.dumps(document)):
+        assert name in schemas
+    body = document["paths"][C]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatBody"}
+    assert schemas["ChatBody"]["required"] == ["messages"]
+    assert schemas["ChatBody"]["properties"]["temperature"]["maximum"] == 2.0
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert "422" not in operation["responses"]
+            assert operation["operationId"]
