@@ -18,6 +18,8 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from hypothesis import strategies as st
+from schemathesis import Case
 
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
@@ -44,6 +46,7 @@ from meteora_dist.serving.sources import Sources
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.uses import Uses
 from tests.serving.asking import Context
+from tests.serving.conformance.schemes import fuzz
 from tests.support.tiny import Spec, write_adapter
 
 ADMIN = {"Authorization": "Bearer the-admin"}
@@ -321,3 +324,21 @@ async def test_a_service_without_roots_takes_none() -> None:
         Sources(()).expert("x")
     with pytest.raises(InvalidRequest, match="there is no folder /no/such/root"):
         Sources((Path("/no/such/root"),))
+
+
+async def test_no_request_breaks_the_administration(site: Site, engine: RankEngine) -> None:
+    def steer(draw: st.DrawFn, case: Case) -> None:
+        if isinstance(case.body, dict):
+            names = {"name": draw(st.sampled_from(["new", "more", "plain"]))} if "name" in case.body else {}
+            case.body = {"adapter": draw(st.sampled_from(["team/good", "other", "lying", "../x", "dora"]))} | names
+        if "name" in case.path_parameters:
+            case.path_parameters = {"name": draw(st.sampled_from(["new", "more", "nobody", "a b"]))}
+
+    before = await answer(site, "plain")
+    operations = ("listExperts", "addExpert", "validateExpert", "replaceExpert", "removeExpert", "rebalance")
+    api = create_api(site.methods.service, site.methods.admin)
+    seen = await asyncio.to_thread(fuzz, api, dict.fromkeys(operations, 6), steer, ADMIN)
+    assert min(seen[200] + seen[201], seen[400], seen[404]) >= 3, seen
+    assert await answer(site, "plain") == before
+    bad = await site.http.delete("/admin/experts/new?generation=soon", headers=ADMIN)
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "generation")

@@ -109,7 +109,7 @@ class Grpc:
 
     async def ask(self, question: Question) -> Outcome:
         request = pb.GenerateRequest.FromString(message_of(question).SerializeToString())
-        context = _Context()
+        context = Context()
         try:
             if self.stream:
                 messages = [one async for one in self.servicer.GenerateStream(request, context)]
@@ -123,7 +123,9 @@ class Grpc:
 
 
 @dataclass
-class _Context:
+class Context:
+    """Remembers the status."""
+
     code: grpc.StatusCode | None = None
     details: str = ""
 
