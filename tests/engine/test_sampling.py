@@ -73,7 +73,7 @@ def test_seed_and_position_decide_the_draw() -> None:
         ),
         ({"top_k": 99}, []),
     ],
-    ids=str,
+    ids=["min_p", "top_k", "top_p", "all", "none"],
 )
 def test_cuts_keep_what_transformers_keeps(fields: dict[str, Any], warpers: list[Any]) -> None:
     for seed in range(20):
