@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from meteora_dist.engine.rank import RankEngine
@@ -12,7 +13,8 @@ from meteora_dist.serving.service import TextService
 from tests.serving.conformance.ways import Grpc, Http, Outcome
 
 _INTERNALS = re.compile(
-    r"Traceback|File \"|\.py\b|site-packages|panicked at|\.rs:\d|/work/|/root/|/home/|/tmp/|/usr/|ray::|object at 0x"
+    r"Traceback|File \"|\.py\b|site-packages|panicked at|\.rs:\d|/root/|/home/|/tmp/|/usr/|ray::|object at 0x"
+    rf"|{re.escape(str(Path(__file__).parents[3]))}"
     r"|meteora_dist|127\.0\.0\.1|localhost|\b10\.\d+\.\d+\.\d+\b"
 )
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
