@@ -6,12 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import replace
 from typing import Literal
 
 from ray.util.placement_group import PlacementGroup
 
+from meteora_cluster.standby import Standby
 from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable
@@ -44,10 +45,11 @@ class World:
     def __init__(self, crew: Crew, blueprint: Blueprint) -> None:
         self.blueprint = blueprint
         self.residency = blueprint.residency
-        self._uses = Uses()
+        self._uses: Uses[int] = Uses()
+        self._behind: Uses[Crew] = Uses()
         self._changing = asyncio.Lock()
         self._background = Background()
-        self._standby = blueprint.standby()
+        self._standby = Standby()
         self.failure: str | None = None
         self.losses = Losses()
         self._crew: asyncio.Future[Crew] = asyncio.get_running_loop().create_future()
@@ -173,19 +175,22 @@ class World:
         tokens: list[int] = []
         losses = 0
         wait_s: float | None = self.blueprint.config.rebuild_wait_s
-        while losses <= self.blueprint.config.max_rebuilds:
-            crew = await self._serving(wait_s)
-            try:
-                async with aclosing(crew.generate(request.after(tokens))) as events:
-                    async for event in events:
-                        tokens.append(event.token_id)
-                        losses = 0
-                        yield event
-                return
-            except RankLost:
-                # Whoever notices first opens the rebuild, so that nobody asks this crew again.
-                self._leave(crew)
-                losses, wait_s = losses + 1, None
+        with ExitStack() as behind:
+            while losses <= self.blueprint.config.max_rebuilds:
+                crew = await self._serving(wait_s)
+                try:
+                    async with aclosing(crew.generate(request.after(tokens))) as events:
+                        async for event in events:
+                            tokens.append(event.token_id)
+                            losses = 0
+                            behind.close()
+                            yield event
+                    return
+                except RankLost:
+                    # Whoever notices first opens the rebuild, so that nobody asks this crew again.
+                    self._leave(crew)
+                    losses, wait_s = losses + 1, None
+                    behind.enter_context(self._behind.of(crew))
         raise EngineUnavailable(f"the engine was lost {losses} times while it worked on this request: try again later")
 
     def stop(self) -> None:
@@ -216,21 +221,37 @@ class World:
             self._fail(str(error))
 
     async def _replace(self, crew: Crew) -> None:
-        fruitless = 0
+        fruitless, before = 0, None
         while True:
-            cause = await crew.end()
+            cause = await self._end_of(crew, before)
             lost = time.monotonic()
             self._count(lost=1)
             self._leave(crew)
             crew.stop()
             logger.error("the ranks are lost, and are started again: %s", cause)
+            before = crew
             crew, fruitless = await self._rebuilt(0 if crew.produced else fruitless)
             gone_s = time.monotonic() - lost
             self._count(rebuilt=1, rebuild_s=gone_s)
             logger.warning("the ranks are back after %.1f s", gone_s)
             self._crew.set_result(crew)
-            self._standby.stop()
-            self._standby = self.blueprint.standby()
+
+    async def _end_of(self, crew: Crew, before: Crew | None) -> str:
+        """Why ``crew`` was lost; as long as it lives, others start to stand by."""
+        replenishing = asyncio.ensure_future(self._replenish(before))
+        try:
+            return await crew.end()
+        finally:
+            replenishing.cancel()
+
+    async def _replenish(self, before: Crew | None) -> None:
+        """Lets actors start to stand by once all requests of the crew before have gone on.
+
+        While those are read again every core is needed: processes that start then double the time they take.
+        """
+        if before is not None:
+            await self._behind.none(before)
+        self._standby = self.blueprint.standby()
 
     async def _rebuilt(self, fruitless: int) -> tuple[Crew, int]:
         """A new crew, and how many there were in a row without a token of a request, itself included."""
