@@ -123,7 +123,8 @@ class Gate:
         """Lets nobody in any more, and waits for the calls under way; whether all ended within ``timeout_s``."""
         self._closed = True
         try:
-            await asyncio.wait_for(self._empty.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
         except TimeoutError:
             return False
         return True

@@ -206,7 +206,8 @@ class World:
         if self.state == "failed":
             self.check()
         try:
-            return await asyncio.wait_for(asyncio.shield(self._crew), wait_s)
+            async with asyncio.timeout(wait_s):
+                return await asyncio.shield(self._crew)
         except TimeoutError:
             raise EngineUnavailable(
                 f"the engine is being rebuilt, and was not back within {wait_s:g} s: try again soon"

@@ -116,6 +116,11 @@ async def rank_of(stream: AsyncGenerator[TokenEvent, None]) -> int:
     return int(shares[0])
 
 
+async def rank_of_one_token(world: World, name: str) -> int:
+    async with aclosing(world.generate(request(name, 1, 0))) as stream:
+        return await rank_of(stream)
+
+
 async def until(state: str, world: World) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while world.state != state:
@@ -125,9 +130,9 @@ async def until(state: str, world: World) -> None:
 async def test_requests_go_to_the_rank_with_the_fewest(world: World) -> None:
     slow = world.generate(request("slow"))
     assert await rank_of(slow) == 0
-    assert [await rank_of(world.generate(request(name, 1, 0))) for name in "ab"] == [1, 1]
+    assert [await rank_of_one_token(world, name) for name in "ab"] == [1, 1]
     await slow.aclose()
-    assert await rank_of(world.generate(request("c", 1, 0))) == 0
+    assert await rank_of_one_token(world, "c") == 0
 
 
 async def test_closing_cancels_on_the_rank_within_100_ms(world: World) -> None:
