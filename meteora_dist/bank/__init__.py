@@ -4,6 +4,7 @@ from meteora_dist.bank.bank import Bank
 from meteora_dist.bank.edit import BankEdit, NewExpert, edit_bank, preview
 from meteora_dist.bank.fingerprint import fingerprint
 from meteora_dist.bank.manifest import BankManifest, ExpertEntry, RoutingDefaults
+from meteora_dist.bank.routers import Routers
 from meteora_dist.bank.write import write_bank
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "BankManifest",
     "ExpertEntry",
     "NewExpert",
+    "Routers",
     "RoutingDefaults",
     "edit_bank",
     "fingerprint",

@@ -17,7 +17,8 @@ from meteora_dist.adapters.header import Header, read_header
 from meteora_dist.adapters.tensors import Block, read_blocks
 from meteora_dist.bank.fingerprint import fingerprint
 from meteora_dist.bank.gates import GATES_FILE, check_dtypes, check_rows, check_shapes, model_order
-from meteora_dist.bank.manifest import BankManifest, ExpertEntry, GateOrigin, read_manifest
+from meteora_dist.bank.manifest import BankManifest, ExpertEntry, GateOrigin, RouterRow, read_manifest
+from meteora_dist.bank.routers import ROUTERS_FILE, open_routers
 from meteora_dist.errors import BankError
 
 MANIFEST_FILE = "bank.json"
@@ -34,6 +35,7 @@ class Bank:
         adapters: In expert order.
         linears: Base-model module paths of the linears that at least one expert adapts, in model order.
         gate_header: Of gates.safetensors: one [E, H] tensor for each of ``linears``.
+        router_header: Of routers.safetensors: one [E, H] tensor for each decoder layer; None without routers.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class Bank:
     adapters: tuple[Adapter, ...]
     linears: tuple[str, ...]
     gate_header: Header = field(repr=False)
+    router_header: Header | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, path: Path, hashing: bool = True) -> Bank:
@@ -68,7 +71,8 @@ class Bank:
         digest = sha256_file(gates, BankError)
         if digest != manifest.gate_digest:
             raise BankError(gates, f"its sha256 is {digest}; bank.json gives gate_digest {manifest.gate_digest}")
-        return cls(path, manifest, tuple(experts.values()), model_order(header.tensors), header)
+        routers = open_routers(path, manifest)
+        return cls(path, manifest, tuple(experts.values()), model_order(header.tensors), header, routers)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,6 +88,23 @@ class Bank:
     def prototypes(self) -> tuple[bool, ...]:
         """For each expert, whether its gate rows are prototypes, which score an input x by |g . x|."""
         return tuple(expert.gate == "prototype" for expert in self.manifest.experts)
+
+    @property
+    def router_layers(self) -> tuple[str, ...]:
+        """Paths of the decoder layers that have a router, in model order; empty for a bank without routers."""
+        return () if self.router_header is None else model_order(self.router_header.tensors)
+
+    def routers(self) -> Tensor:
+        """Reads the routers of all layers: [L, E, H], fp32, on the CPU; an expert without rows has zeros.
+
+        Raises:
+            BankError: The bank has none, or the file can no longer be read.
+        """
+        if self.router_header is None:
+            raise BankError(self.path, "has no routers")
+        blocks = [Block(layer) for layer in self.router_layers]
+        path = self.path / ROUTERS_FILE
+        return torch.stack(read_blocks(path, self.router_header, blocks, BankError, torch.float32))
 
     def gate(self, linear: str, inputs: slice = slice(None)) -> Tensor:
         """Reads the gate of ``linear``, or the columns ``inputs`` of it: [E, H], fp32, on the CPU.
@@ -149,8 +170,8 @@ class Bank:
             raise BankError(self.path, f"no expert adapts the linear {linear!r}")
 
 
-def describe(name: str, adapter: Adapter, gate: GateOrigin = "trained") -> ExpertEntry:
-    """The entry of bank.json for ``adapter`` under ``name``, with gate rows from ``gate``."""
+def describe(name: str, adapter: Adapter, gate: GateOrigin = "trained", router: RouterRow = "none") -> ExpertEntry:
+    """The entry of bank.json for ``adapter`` under ``name``, with gate rows from ``gate`` and these router rows."""
     return ExpertEntry(
         name=name,
         digest=adapter.digest,
@@ -159,6 +180,7 @@ def describe(name: str, adapter: Adapter, gate: GateOrigin = "trained") -> Exper
         rslora=adapter.rslora,
         targets=tuple(sorted({linear.rpartition(".")[2] for linear in adapter.shapes})),
         gate=gate,
+        router=router,
     )
 
 
@@ -175,7 +197,7 @@ def _open_experts(path: Path, manifest: BankManifest, hashing: bool) -> dict[str
             raise BankError(
                 folder, f"the adapter's digest is {adapter.digest}{whose}; bank.json gives {entry.name} {entry.digest}"
             )
-        found = describe(entry.name, adapter, entry.gate)
+        found = describe(entry.name, adapter, entry.gate, entry.router)
         if found != entry:
             differing = [field for field in ExpertEntry.model_fields if getattr(found, field) != getattr(entry, field)]
             raise BankError(

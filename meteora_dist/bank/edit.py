@@ -8,7 +8,7 @@ Shapes: E experts, H input features of a linear.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from meteora_dist.adapters import Adapter, read_adapter
 from meteora_dist.adapters.tensors import read_tensors
 from meteora_dist.bank.bank import Bank, describe
 from meteora_dist.bank.gates import GATES_FILE
-from meteora_dist.bank.manifest import ExpertEntry, check_expert_name
+from meteora_dist.bank.manifest import ExpertEntry, GateOrigin, check_expert_name
 from meteora_dist.bank.prototype import prototype_row
+from meteora_dist.bank.routers import ROUTER_ROWS_FILE, ROUTERS_FILE, Routers, read_router_rows
 from meteora_dist.bank.rows import ROWS_FILE, read_rows
 from meteora_dist.bank.write import Draft, check_new, place
 from meteora_dist.errors import AdapterError, BankError, ExpertNotFound, InvalidRequest
@@ -34,6 +35,8 @@ class NewExpert:
         adapter: Folder of its adapter, as PEFT wrote it.
         gate_rows: File of its gate rows, see ``read_rows``. None for ``gate_rows.safetensors`` beside the adapter; if
             there is no such file, the rows are prototypes made from the adapter.
+
+    Router rows, for a bank with routers, come from ``router_rows.safetensors`` beside the adapter; see ``edit_bank``.
     """
 
     adapter: Path
@@ -58,7 +61,10 @@ class BankEdit:
 def edit_bank(bank: Bank, edit: BankEdit, path: Path) -> Bank:
     """Writes the bank that ``edit`` makes of ``bank``, one generation on, and opens it.
 
-    The rows of unchanged experts stay as they are, bit for bit.
+    The rows of unchanged experts stay as they are, bit for bit. In the routers, a new expert without rows of its own
+    gets none, and ``auto-sequence`` does not choose it; one that replaces another keeps that one's rows, because they
+    know a domain by the base model's hidden states, not the adapter. A bank of which no expert is left with router
+    rows has no routers any more.
 
     Args:
         bank: The bank as it is; its folder is only read.
@@ -82,6 +88,7 @@ def edit_bank(bank: Bank, edit: BankEdit, path: Path) -> Bank:
     prototypes = {entry.name for entry in bank.manifest.experts if entry.gate == "prototype"} - rows.keys()
     prototypes |= {name for name, given in rows.items() if given is None}
     draft = Draft(
+        routers=_routers(bank, experts, joining),
         base_id=bank.manifest.base_model,
         base_fingerprint=bank.manifest.base_fingerprint,
         experts=experts,
@@ -110,7 +117,10 @@ def preview(bank: Bank, name: str, expert: NewExpert) -> tuple[ExpertEntry, Adap
     others = {other: a for other, a in zip(bank.names, bank.adapters, strict=True) if other != name}
     _check_base(adapter, others)
     given = _given_rows(expert, adapter, _widths({**others, name: adapter}))
-    return describe(name, adapter, "prototype" if given is None else "trained"), adapter
+    routers = _routers(bank, [*others, name], {name: expert})
+    routable = routers is not None and name not in routers.untrained
+    gate: GateOrigin = "prototype" if given is None else "trained"
+    return describe(name, adapter, gate, "trained" if routable else "none"), adapter
 
 
 def _check_base(adapter: Adapter, others: Mapping[str, Adapter]) -> None:
@@ -150,6 +160,33 @@ def _given_rows(expert: NewExpert, adapter: Adapter, widths: Mapping[str, int]) 
     if expert.gate_rows is None and not path.exists():
         return None
     return read_rows(path, adapter, widths)
+
+
+def _routers(bank: Bank, names: Collection[str], joining: Mapping[str, NewExpert]) -> Routers | None:
+    """The routers of the new bank, in the dtype they had; None when none of its experts has rows.
+
+    Args:
+        bank: The bank as it was.
+        names: Of the new bank's experts, in order.
+        joining: Those of them that are new, or replace the one of their name.
+    """
+    header, settings = bank.router_header, bank.manifest.routers
+    if header is None or settings is None:
+        return None
+    layers = bank.router_layers
+    before = read_tensors(bank.path / ROUTERS_FILE, header, layers, BankError)
+    router_LEH = torch.stack([router_EH.to(before[0].dtype) for router_EH in before])
+    width = router_LEH.shape[-1]
+    rows = {e.name: router_LEH[:, i] for i, e in enumerate(bank.manifest.experts) if e.router == "trained"}
+    for name, expert in joining.items():
+        path = expert.adapter / ROUTER_ROWS_FILE
+        if path.exists():
+            rows[name] = read_router_rows(path, layers, width).to(router_LEH.dtype)
+    untrained = frozenset(name for name in names if name not in rows)
+    if len(untrained) == len(names):
+        return None
+    after_LEH = torch.stack([rows.get(name, torch.zeros_like(router_LEH[:, 0])) for name in names], dim=1)
+    return Routers(dict(zip(layers, after_LEH, strict=True)), settings.pooling, untrained)
 
 
 def _gates(

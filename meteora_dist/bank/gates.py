@@ -18,6 +18,8 @@ from meteora_dist.bank.manifest import experts_digest
 from meteora_dist.errors import BankError
 
 GATES_FILE = "gates.safetensors"
+PROTOTYPES = "prototypes"
+"""Mark of rows that are made from the adapter itself."""
 
 _METADATA_KEY = "experts"
 _KNOWN_ORDER = (
@@ -26,38 +28,40 @@ _KNOWN_ORDER = (
 )
 
 
-def gates_metadata(experts: Mapping[str, str], prototypes: Collection[str] = ()) -> dict[str, str]:
-    """Metadata of the gates file.
+def rows_metadata(experts: Mapping[str, str], marked: Collection[str] = (), mark: str = PROTOTYPES) -> dict[str, str]:
+    """Metadata of a file with one row for every expert.
 
     Args:
         experts: Adapter digest by name, in the order of the rows.
-        prototypes: Names of those whose rows are prototypes.
+        marked: Names of those whose rows are special.
+        mark: What they are.
     """
     # One key only: the safetensors library writes several in random order, and the file's digest would vary.
     content: dict[str, object] = {"names": list(experts), "digest": experts_digest(experts.items())}
-    if prototypes:
-        content["prototypes"] = [name for name in experts if name in prototypes]
+    if marked:
+        content[mark] = [name for name in experts if name in marked]
     return {_METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 
-def check_rows(path: Path, header: Header, experts: Mapping[str, str], prototypes: Collection[str] = ()) -> None:
-    """Checks that the rows of the gates belong to these experts; arguments as for ``gates_metadata``.
+def check_rows(
+    path: Path, header: Header, experts: Mapping[str, str], marked: Collection[str] = (), mark: str = PROTOTYPES
+) -> None:
+    """Checks that the rows of a file belong to these experts; arguments as for ``rows_metadata``.
 
     Raises:
-        BankError: When the gates were made for other experts, another order or other adapters, or rows are taken for
-            trained that are prototypes, or the other way round.
+        BankError: When they were made for other experts, another order or other adapters, or others are marked.
     """
     text = header.metadata.get(_METADATA_KEY)
     if text is None:
-        raise BankError(path, f"its metadata lacks {_METADATA_KEY!r}, which says whose rows the gates hold")
+        raise BankError(path, f"its metadata lacks {_METADATA_KEY!r}, which says whose rows it holds")
     written = parse_json_object(text.encode(errors="replace"), path, f"metadata {_METADATA_KEY!r}", BankError)
     if written.get("names") != list(experts):
         raise BankError(path, f"its rows belong to the experts {written.get('names')}; bank.json lists {list(experts)}")
     if written.get("digest") != experts_digest(experts.items()):
         raise BankError(path, "its rows were made for other adapters under the same names; bank.json has other digests")
-    listed = [name for name in experts if name in prototypes]
-    if written.get("prototypes", []) != listed:
-        raise BankError(path, f"its rows of {written.get('prototypes', [])} are prototypes; bank.json lists {listed}")
+    listed = [name for name in experts if name in marked]
+    if written.get(mark, []) != listed:
+        raise BankError(path, f"its rows of {written.get(mark, [])} are {mark}; bank.json lists {listed}")
 
 
 def check_shapes(path: Path, gates: Mapping[str, tuple[int, ...]], experts: Mapping[str, Adapter]) -> None:
@@ -87,11 +91,11 @@ def check_shapes(path: Path, gates: Mapping[str, tuple[int, ...]], experts: Mapp
             )
 
 
-def check_dtypes(path: Path, header: Header) -> None:
-    """Checks that every gate holds floating-point numbers; BankError otherwise."""
-    for linear, info in header.tensors.items():
+def check_dtypes(path: Path, header: Header, what: str = "gate") -> None:
+    """Checks that every gate, or whatever ``what`` says, holds floating-point numbers; BankError otherwise."""
+    for name, info in header.tensors.items():
         if not is_floating(info.dtype):
-            raise BankError(path, f"the gate of {linear} is {info.dtype}; it must be F32, F16, BF16 or F64")
+            raise BankError(path, f"the {what} of {name} is {info.dtype}; it must be F32, F16, BF16 or F64")
 
 
 def model_order(linears: Iterable[str]) -> tuple[str, ...]:

@@ -40,6 +40,11 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 GateOrigin = Literal["trained", "prototype"]
+RouterRow = Literal["trained", "none"]
+VoteRule = Literal["majority", "last"]
+"""How the layers' routers decide together: the expert that most of them chose, or the choice of the last one."""
+Pooling = Literal["last", "mean"]
+"""What of a prompt a router reads: the state of its last token, or the mean over its tokens."""
 
 
 class RoutingDefaults(StrictModel):
@@ -49,11 +54,25 @@ class RoutingDefaults(StrictModel):
         mode: ``auto`` lets the gates pick; ``base`` uses no expert.
         top_k: Experts a token uses under ``auto``; above the number of experts it means all.
         temperature: Divides the chosen gate logits before the softmax.
+        vote: How routers decide under ``auto-sequence``, where the bank has them.
     """
 
     mode: Literal["auto", "base"] = "auto"
     top_k: PositiveInt = 2
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    vote: VoteRule = "majority"
+
+
+class RouterSettings(StrictModel):
+    """The layer routers of a bank (MoA, arXiv 2403.03432).
+
+    Attributes:
+        digest: sha256 of routers.safetensors.
+        pooling: What of a prompt they read.
+    """
+
+    digest: Digest
+    pooling: Pooling = "last"
 
 
 class ExpertEntry(StrictModel):
@@ -68,6 +87,7 @@ class ExpertEntry(StrictModel):
         targets: Sorted last parts of the names of the linears it adapts, such as ``q_proj``.
         gate: Where its gate rows are from. ``trained``: they score an input x by their product with it, g . x.
             ``prototype``: made from the adapter's own matrices, they score x by |g . x|.
+        router: ``trained``: the layers' routers can choose it. ``none``: it has no rows there, and they never do.
     """
 
     name: ExpertName
@@ -77,6 +97,7 @@ class ExpertEntry(StrictModel):
     rslora: bool
     targets: tuple[str, ...]
     gate: GateOrigin = "trained"
+    router: RouterRow = "none"
 
 
 class BankManifest(StrictModel):
@@ -90,6 +111,7 @@ class BankManifest(StrictModel):
         gate_digest: sha256 of gates.safetensors.
         generation: Grows by one with every change of the bank.
         routing: Defaults of requests.
+        routers: Of its layer routers; None for a bank without.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -99,6 +121,7 @@ class BankManifest(StrictModel):
     gate_digest: Digest
     generation: PositiveInt
     routing: RoutingDefaults
+    routers: RouterSettings | None = None
 
 
 def read_manifest(path: Path) -> BankManifest:
@@ -129,6 +152,6 @@ def read_manifest(path: Path) -> BankManifest:
 
 
 def experts_digest(experts: Iterable[tuple[str, str]]) -> str:
-    """sha256, in hex, of the ordered (name, adapter digest) pairs: what the gates' rows stand for."""
+    """sha256, in hex, of the ordered (name, adapter digest) pairs: what rows of gates and routers stand for."""
     pairs = [[name, digest] for name, digest in experts]
     return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()

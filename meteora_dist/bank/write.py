@@ -19,11 +19,19 @@ from meteora_dist.adapters import Adapter, read_adapter
 from meteora_dist.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from meteora_dist.bank.bank import EXPERTS_FOLDER, MANIFEST_FILE, Bank, describe
 from meteora_dist.bank.fingerprint import fingerprint
-from meteora_dist.bank.gates import GATES_FILE, check_shapes, gates_metadata, model_order
-from meteora_dist.bank.manifest import BankManifest, RoutingDefaults, check_expert_name
+from meteora_dist.bank.gates import GATES_FILE, check_shapes, model_order, rows_metadata
+from meteora_dist.bank.manifest import (
+    BankManifest,
+    ExpertEntry,
+    GateOrigin,
+    RouterSettings,
+    RoutingDefaults,
+    check_expert_name,
+)
+from meteora_dist.bank.routers import ROUTERS_FILE, UNTRAINED, Routers, check_router_shapes
 from meteora_dist.errors import BankError
 
-_GATE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_ROW_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,7 @@ class Draft:
         gates: [E, H] for every linear any expert adapts, in any floating dtype.
         routing: Defaults of requests.
         generation: Its number, at least 1.
+        routers: Of its layers; None for none.
         prototypes: Names of the experts whose rows are prototypes.
         linked: Names of the experts whose files lie in another bank and may be shared with it by hard links.
     """
@@ -47,6 +56,7 @@ class Draft:
     gates: Mapping[str, Tensor]
     routing: RoutingDefaults
     generation: int
+    routers: Routers | None = None
     prototypes: frozenset[str] = frozenset()
     linked: frozenset[str] = frozenset()
 
@@ -59,6 +69,8 @@ def write_bank(
     gates: Mapping[str, Tensor],
     routing: RoutingDefaults | None = None,
     generation: int = 1,
+    routers: Routers | None = None,
+    prototypes: frozenset[str] = frozenset(),
 ) -> Bank:
     """Writes a bank and opens it. It is built beside its place and moved there when it is complete.
 
@@ -71,9 +83,11 @@ def write_bank(
         gates: [E, H] for every linear any expert adapts, in any floating dtype; kept in that dtype.
         routing: Defaults of requests; None for top-2 ``auto``.
         generation: The bank's generation number, at least 1.
+        routers: Of its layers; None for none.
+        prototypes: Names of the experts whose gate rows are prototypes.
 
     Raises:
-        BankError: When ``path`` exists, a name is not allowed, or gates and adapters do not fit each other.
+        BankError: When ``path`` exists, a name is not allowed, or gates, routers and adapters do not fit each other.
         AdapterError: When an adapter is damaged or asks for something unsupported.
         ModelError: When the base model's files are missing or damaged.
     """
@@ -81,7 +95,8 @@ def write_bank(
     if not adapters or generation < 1 or not base_id:
         raise BankError(path, "a bank needs at least one expert, a generation of at least 1 and the base model's name")
     experts = {name: read_adapter(folder) for name, folder in adapters.items()}
-    return place(path, Draft(base_id, fingerprint(base), experts, gates, routing or RoutingDefaults(), generation))
+    defaults = routing or RoutingDefaults()
+    return place(path, Draft(base_id, fingerprint(base), experts, gates, defaults, generation, routers, prototypes))
 
 
 def check_new(path: Path, names: Iterable[str]) -> None:
@@ -103,17 +118,17 @@ def place(path: Path, draft: Draft) -> Bank:
             files cannot be written.
         AdapterError: When an adapter has been damaged since it was read.
     """
-    gate_bytes = _serialise(path, draft)
+    gate_bytes, router_bytes = _gate_bytes(path, draft), _router_bytes(path, draft)
     manifest = BankManifest(
         base_model=draft.base_id,
         base_fingerprint=draft.base_fingerprint,
-        experts=tuple(
-            describe(name, adapter, "prototype" if name in draft.prototypes else "trained")
-            for name, adapter in draft.experts.items()
-        ),
-        gate_digest=hashlib.sha256(gate_bytes).hexdigest(),
+        experts=tuple(_entry(draft, name) for name in draft.experts),
+        gate_digest=_sha256(gate_bytes),
         generation=draft.generation,
         routing=draft.routing,
+        routers=None
+        if draft.routers is None
+        else RouterSettings(digest=_sha256(router_bytes), pooling=draft.routers.pooling),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +137,8 @@ def place(path: Path, draft: Draft) -> Bank:
             for name, adapter in draft.experts.items():
                 _bring(adapter, folder / EXPERTS_FOLDER / name, name in draft.linked)
             (folder / GATES_FILE).write_bytes(gate_bytes)
+            if draft.routers is not None:
+                (folder / ROUTERS_FILE).write_bytes(router_bytes)
             (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
             bank = Bank.open(folder)
             os.rename(folder, path)
@@ -130,17 +147,43 @@ def place(path: Path, draft: Draft) -> Bank:
     return bank.moved_to(path)
 
 
-def _serialise(path: Path, draft: Draft) -> bytes:
+def _entry(draft: Draft, name: str) -> ExpertEntry:
+    routable = draft.routers is not None and name not in draft.routers.untrained
+    gate: GateOrigin = "prototype" if name in draft.prototypes else "trained"
+    return describe(name, draft.experts[name], gate, "trained" if routable else "none")
+
+
+def _gate_bytes(path: Path, draft: Draft) -> bytes:
     gates = draft.gates
     check_shapes(path / GATES_FILE, {linear: tuple(gate.shape) for linear, gate in gates.items()}, draft.experts)
-    for linear, gate_EH in gates.items():
-        if gate_EH.dtype not in _GATE_DTYPES:
-            raise BankError(path, f"the gate of {linear} is {gate_EH.dtype}; it must be float32, float16 or bfloat16")
-        if not bool(torch.isfinite(gate_EH).all()):
-            raise BankError(path, f"the gate of {linear} holds NaN or infinity")
-    tensors = {linear: gates[linear].detach().cpu().clone().contiguous() for linear in model_order(gates)}
-    digests = {name: adapter.digest for name, adapter in draft.experts.items()}
-    return save(tensors, gates_metadata(digests, draft.prototypes))
+    return _serialise(path, "gate", gates, rows_metadata(_digests(draft), draft.prototypes))
+
+
+def _router_bytes(path: Path, draft: Draft) -> bytes:
+    """Of routers.safetensors; empty when there are no routers."""
+    if draft.routers is None:
+        return b""
+    weights = draft.routers.weights
+    shapes = {layer: tuple(router.shape) for layer, router in weights.items()}
+    check_router_shapes(path / ROUTERS_FILE, shapes, len(draft.experts))
+    return _serialise(path, "router", weights, rows_metadata(_digests(draft), draft.routers.untrained, UNTRAINED))
+
+
+def _digests(draft: Draft) -> dict[str, str]:
+    return {name: adapter.digest for name, adapter in draft.experts.items()}
+
+
+def _serialise(path: Path, what: str, rows: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    for name, rows_EH in rows.items():
+        if rows_EH.dtype not in _ROW_DTYPES:
+            raise BankError(path, f"the {what} of {name} is {rows_EH.dtype}; it must be float32, float16 or bfloat16")
+        if not bool(torch.isfinite(rows_EH).all()):
+            raise BankError(path, f"the {what} of {name} holds NaN or infinity")
+    return save({name: rows[name].detach().cpu().clone().contiguous() for name in model_order(rows)}, metadata)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _bring(adapter: Adapter, folder: Path, link: bool) -> None:

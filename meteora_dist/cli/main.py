@@ -42,6 +42,7 @@ COMMANDS = (
     Command(("serve",), "meteora_dist.cli.serve", "command", "Serve a bank over HTTP and gRPC, and stay up."),
     Command(("check",), "meteora_dist.cli.check", "command", "Check a serve_config.yaml or a RayService strictly."),
     Command(("keys", "new"), "meteora_dist.cli.keys", "new", "Make an API key and its entry for the keys file."),
+    Command(("train", "moa"), "meteora_dist.cli.train_moa", "command", "Train layer routers and LoRAs jointly (MoA)."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
     Command(("bench", "decode"), "meteora_dist.cli.bench", "decode", "Measure tokens per second of decoding."),
     Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
@@ -59,6 +60,7 @@ COMMANDS = (
 GROUPS = {
     "bench": "Measure how fast it is, how much it holds and what it survives.",
     "keys": "API keys of the service's callers.",
+    "train": "Train what routes requests to experts.",
 }
 
 

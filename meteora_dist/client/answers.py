@@ -44,11 +44,13 @@ class RoutingTrace:
         experts: Names of all experts of the bank.
         tokens: The produced tokens; in a piece of a stream, the new ones.
         dominating: The expert with the largest share over all tokens so far; None when none acted.
+        votes: How many layer routers voted for each of ``experts``; empty where none voted.
     """
 
     experts: tuple[str, ...]
     tokens: tuple[TokenRouting, ...]
     dominating: str | None
+    votes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,12 @@ def _routing(routing: Routing) -> pb.Routing:
     mode = None if routing.mode is None else f"MODE_{routing.mode.upper().replace('-', '_')}"
     experts = [pb.ChosenExpert(name=name, weight=weight) for name, weight in routing.experts.items()]
     return pb.Routing(
-        mode=mode, experts=experts, top_k=routing.top_k, temperature=routing.temperature, trace=routing.trace
+        mode=mode,
+        experts=experts,
+        top_k=routing.top_k,
+        temperature=routing.temperature,
+        vote=None if routing.vote is None else f"VOTE_RULE_{routing.vote.upper()}",
+        trace=routing.trace,
     )
 
 
@@ -139,7 +144,7 @@ def _details(choice: pb.Choice) -> tuple[tuple[TokenLogprob, ...], RoutingTrace 
 
 def _trace(routing: pb.RoutingTrace) -> RoutingTrace:
     tokens = tuple(TokenRouting(one.token, one.id, tuple(one.shares)) for one in routing.tokens)
-    return RoutingTrace(tuple(routing.experts), tokens, routing.dominating or None)
+    return RoutingTrace(tuple(routing.experts), tokens, routing.dominating or None, tuple(routing.votes))
 
 
 def _usage(usage: pb.Usage) -> Usage:

@@ -104,7 +104,7 @@ def request_of(question: Question) -> tuple[str, Json]:
 
 
 def _routing(routing: Routing) -> Json:
-    given = {"mode": routing.mode, "top_k": routing.top_k, "temperature": routing.temperature}
+    given = {name: getattr(routing, name) for name in ("mode", "top_k", "temperature", "vote")}
     experts = [{"name": name, "weight": weight} for name, weight in routing.experts.items()]
     return {name: value for name, value in given.items() if value is not None} | (
         {"trace": routing.trace} | ({"experts": experts} if experts else {})
@@ -170,7 +170,7 @@ def _trace(found: Json | None) -> RoutingTrace | None:
     if found is None:
         return None
     tokens = tuple(TokenRouting(one["token"], one["id"], tuple(one["shares"])) for one in found["tokens"])
-    return RoutingTrace(tuple(found["experts"]), tokens, found["dominating"])
+    return RoutingTrace(tuple(found["experts"]), tokens, found["dominating"], tuple(found.get("votes", ())))
 
 
 def _usage(found: Json) -> Usage:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 Mode = Literal["auto", "auto-sequence", "named", "blend", "base"]
+VoteRule = Literal["majority", "last"]
 
 
 class Message(TypedDict):
@@ -29,6 +30,7 @@ class Routing:
         experts: The one of ``named``, with weight 1, or those of ``blend``, by name with their weights.
         top_k: Experts a token uses under ``auto``.
         temperature: Divides the chosen gate logits under ``auto``.
+        vote: How the bank's layer routers decide under ``auto-sequence``.
         trace: Whether the answer reports each expert's share for every token.
     """
 
@@ -36,6 +38,7 @@ class Routing:
     experts: Mapping[str, float] = field(default_factory=dict)
     top_k: int | None = None
     temperature: float | None = None
+    vote: VoteRule | None = None
     trace: bool = False
 
 

@@ -24,6 +24,7 @@ from meteora_dist.engine.lockstep import Lockstep, Vote
 from meteora_dist.engine.request import GenerationRequest, Logprobs
 from meteora_dist.engine.sampler import RequestSampler
 from meteora_dist.engine.shares import ShareKeeper, Shares
+from meteora_dist.engine.votes import VoteKeeper, Votes, ballots_of
 from meteora_dist.engine.zeros import ZerosOnDemand
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.moe.routed_model import RoutedModel
@@ -38,11 +39,13 @@ class Notes:
         shares: The experts', when the request asked for them.
         logprobs: Likewise.
         failure: Why the request cannot go on; the token is none of its answer then.
+        votes: The layer routers', when the request asked for them.
     """
 
     shares: Shares | None = None
     logprobs: Logprobs | None = None
     failure: str | None = None
+    votes: Votes | None = None
 
 
 Deliver = Callable[[GenerationOutput, Notes], None]
@@ -87,6 +90,7 @@ class LockstepManager(ContinuousBatchingManager):
         self._wake_up_loop = _WakeUp(lockstep)
         self._deliver = deliver
         self._keep = ShareKeeper()
+        self._votes = VoteKeeper()
 
     def submit(self, request: GenerationRequest, eos_token_id: int | list[int]) -> None:
         """Queues a request; its tokens arrive at ``deliver``.
@@ -138,7 +142,10 @@ class LockstepManager(ContinuousBatchingManager):
         """Passes on an output with what is known of its newest token."""
         key = output.request_id
         notes = Notes(
-            self._keep.take(key), self._sampler.logprobs.pop(key, None), self._sampler.failures.pop(key, None)
+            self._keep.take(key),
+            self._sampler.logprobs.pop(key, None),
+            self._sampler.failures.pop(key, None),
+            self._votes.take(key),
         )
         self._deliver(output, notes)
 
@@ -199,13 +206,17 @@ class LockstepManager(ContinuousBatchingManager):
         if slots:
             choices = [request.routing for request in requests]
             generations = [_generation(request) for request in requests]
-            traced = any(request.trace or request.vote for request in requests)
+            traced = any(request.trace or request.vote == "gates" for request in requests)
             # The pass reads its plan where the model is.
             with torch.device(self.model.device):
                 step = plan_pass(choices, lengths, generations, self._routed.live, slots, traced)
-        with self._routed.context.routed(step):
+        ballots = ballots_of(futures, requests, self._routed.routers)
+        spans = [ballot.span for ballot in ballots]
+        with self._routed.context.routed(step), self._routed.layer_states.pooling(spans) as pooled:
             self._generation_step()
-        self._keep.start(batch_processor.scheduler.active_requests)
+        active = batch_processor.scheduler.active_requests
+        self._keep.start(active)
+        self._votes.note(ballots, pooled, active)
         for future, request, end in zip(futures, requests, accumulate(lengths), strict=True):
             live = self._routed.live[_generation(request)]
             self._keep.note(future, request, end - future.query_length, step, live)

@@ -240,6 +240,8 @@ class RankEngine:
         bank = live.get(-1 if request.generation is None else request.generation)
         if bank is None:
             raise InvalidRequest(f"generation {request.generation} of the bank is not served; {sorted(live)} are")
+        if request.vote == "routers" and request.generation not in self.routed.routers:
+            raise InvalidRequest(f"generation {request.generation} of the bank has no routers that could vote")
         unknown = [expert for expert, _ in request.routing.experts if not 0 <= expert < bank.num_experts]
         if unknown:
             raise InvalidRequest(
@@ -270,7 +272,8 @@ class RankEngine:
         reasons = [self._finish_reason(token, live.sent + count, live.request) for count, token in enumerate(new, 1)]
         live.sent += len(new)
         events: list[TokenEvent | EngineUnavailable | InvalidRequest] = [
-            TokenEvent(token, reason, notes.shares, notes.logprobs) for token, reason in zip(new, reasons, strict=True)
+            TokenEvent(token, reason, notes.shares, notes.logprobs, notes.votes)
+            for token, reason in zip(new, reasons, strict=True)
         ]
         # A loop that fails after a request's last token has not failed that request.
         if output.error is not None and not any(reasons):

@@ -9,6 +9,7 @@ from typing import Literal
 from meteora_dist.moe.routing import RoutingChoice
 
 FinishReason = Literal["stop", "length"]
+Voters = Literal["gates", "routers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ class GenerationRequest:
         top_logprobs: How many of the most probable tokens every token reports beside its own probability; None for no
             report.
         grammar: What the answer must match, in llguidance's own notation; None for anything.
-        vote: Whether the first token reports the shares over the whole prompt instead of its own position's.
+        vote: Who votes on the prompt: with ``gates`` the first token reports the shares over the whole prompt instead
+            of its own position's, with ``routers`` the choice of every layer's router. None when nobody does.
         resumed: How many tokens at the end of ``prompt_ids`` are the answer's own, produced before.
     """
 
@@ -71,7 +73,7 @@ class GenerationRequest:
     generation: int | None = None
     top_logprobs: int | None = None
     grammar: str | None = None
-    vote: bool = False
+    vote: Voters | None = None
     resumed: int = 0
 
     def after(self, tokens: Sequence[int]) -> GenerationRequest:
@@ -110,9 +112,11 @@ class TokenEvent:
         shares: With tracing on, each expert's share of the gate weight at the position that produced this token,
             averaged over all routed linears, in expert order; sums to 1, or is all zeros for mode ``base``.
         logprobs: What was asked for with ``top_logprobs``.
+        votes: With a vote of the routers, the expert that each layer's router chose, from the first layer to the last.
     """
 
     token_id: int
     finish_reason: FinishReason | None = None
     shares: tuple[float, ...] | None = None
     logprobs: Logprobs | None = None
+    votes: tuple[int, ...] | None = None

@@ -48,7 +48,7 @@ class ShareKeeper:
             live: The generation of the request.
         """
         length = future.query_length
-        if request.vote:
+        if request.vote == "gates":
             # A prompt that starts anew, because it lost its place in the cache, is counted anew.
             started = future.state.position_offset == length
             before_E = None if started else self._sums.pop(request.request_id, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from meteora_dist.moe.dispatcher import Dispatcher, LocalDispatcher
 from meteora_dist.moe.holdings import Holdings, Resident, next_states, resident
 from meteora_dist.moe.layer import GroupState, RoutedGroup, RoutingContext
 from meteora_dist.moe.residency import Residency
+from meteora_dist.moe.routers import LayerRouters, LayerStates, read_routers
 from meteora_dist.moe.routing import LiveGeneration
 from meteora_dist.moe.wire import Wire
 
@@ -37,10 +39,12 @@ class Prepared:
     Attributes:
         holdings: What will be held.
         states: Of every group, in their order.
+        routers: Of the live generations that have some.
     """
 
     holdings: Holdings
     states: tuple[GroupState, ...]
+    routers: Mapping[int, LayerRouters]
 
 
 class RoutedModel:
@@ -54,6 +58,8 @@ class RoutedModel:
         wire: Counts what this rank hands over in the exchanges of its routed linears.
         holdings: What it holds; ``prepare`` and ``switch`` change it.
         live: The live generations by number, as routing needs them.
+        routers: The layer routers of those live generations that have some, by number.
+        layer_states: Pools what the layers of a pass read, for the routers.
     """
 
     def __init__(
@@ -72,6 +78,8 @@ class RoutedModel:
         self.wire = place.wire
         self.holdings = holdings
         self.live = holdings.live()
+        self.routers: Mapping[int, LayerRouters] = _routers(model, holdings, {})
+        self.layer_states = LayerStates(model)
         self._group = place.group
 
     @property
@@ -111,7 +119,9 @@ class RoutedModel:
         for bank in then.banks.values():
             if bank.manifest.base_fingerprint != base:
                 raise BankError(bank.path, f"was made for another base model, {bank.manifest.base_model}")
-        return Prepared(then, next_states(self.groups, now, then, self._group))
+        return Prepared(
+            then, next_states(self.groups, now, then, self._group), _routers(self.model, then, self.routers)
+        )
 
     def switch(self, prepared: Prepared) -> None:
         """Puts ``prepared``, which was made from the present holdings, in force: between two passes, on all ranks."""
@@ -119,3 +129,10 @@ class RoutedModel:
             group.state = state
         self.context.loads.renumber(prepared.holdings.residency.roster.slots)
         self.holdings, self.live = prepared.holdings, prepared.holdings.live()
+        self.routers = prepared.routers
+
+
+def _routers(model: PreTrainedModel, holdings: Holdings, known: Mapping[int, LayerRouters]) -> dict[int, LayerRouters]:
+    """Of the generations that have some; those that are ``known`` are not read again."""
+    found = {number: known.get(number) or read_routers(bank, model) for number, bank in holdings.banks.items()}
+    return {number: routers for number, routers in found.items() if routers is not None}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meteora_dist.bank import BankManifest
-from meteora_dist.errors import ExpertNotFound
+from meteora_dist.errors import ExpertNotFound, InvalidRequest
 from meteora_dist.moe.routing import BASE, RoutingChoice
 from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.selection import CHOOSING, Selection
@@ -34,7 +34,7 @@ class Catalog:
 
     def routing(self, selection: Selection) -> RoutingChoice:
         """The routing a selection of served experts stands for; that of ``auto-sequence`` is how its vote is routed."""
-        if selection.mode == "base":
+        if selection.mode == "base" or (selection.mode == "auto-sequence" and self.manifest.routers is not None):
             return BASE
         if selection.experts:
             return RoutingChoice("fixed", experts=tuple((self.experts.index(name), w) for name, w in selection.experts))
@@ -44,6 +44,20 @@ class Catalog:
             top_k=min(selection.top_k or defaults.top_k, len(self.experts)),
             temperature=selection.temperature or defaults.temperature,
         )
+
+    def check_selection(self, selection: Selection, caller: Caller) -> None:
+        """Checks what a caller wants to act.
+
+        Raises:
+            Forbidden: The caller may not use one of its models.
+            ExpertNotFound: One is not served.
+            InvalidRequest: It says how routers vote, and there are none.
+        """
+        self.check(selection.models, caller)
+        if selection.vote is not None and self.manifest.routers is None:
+            raise InvalidRequest(
+                "routing.vote is for a bank with routers, and this one has none; its gates vote", "routing.vote"
+            )
 
     def models_of(self, caller: Caller) -> tuple[str, ...]:
         """Every name a request of this caller may use."""

@@ -153,7 +153,14 @@ def text_request(message: pb.GenerateRequest) -> TextRequest:
     return TextRequest(
         prompts=_prompts(message),
         model=model,
-        selection=select(model, _mode(routing.mode), experts, given(routing, "top_k"), given(routing, "temperature")),
+        selection=select(
+            model,
+            _word(pb.Mode, "MODE_", routing.mode),
+            experts,
+            given(routing, "top_k"),
+            given(routing, "temperature"),
+            _word(pb.VoteRule, "VOTE_RULE_", routing.vote),
+        ),
         n=message.n if message.HasField("n") else 1,
         max_tokens=given(message, "max_tokens"),
         sampling=_sampling(message.sampling),
@@ -176,11 +183,12 @@ def _sampling(message: pb.Sampling) -> Sampling:
     return Sampling(**{"temperature": 1.0} | stated, logit_bias=tuple(sorted(message.logit_bias.items())))
 
 
-def _mode(mode: pb.Mode) -> str | None:
-    if mode == pb.MODE_UNSPECIFIED:
+def _word(kind: Any, prefix: str, value: int) -> str | None:
+    """The word for a value of an enum whose names begin with ``prefix``; None for the unspecified one, number 0."""
+    if value == 0:
         return None
-    known = mode in pb.Mode.values()
-    return pb.Mode.Name(mode).removeprefix("MODE_").lower().replace("_", "-") if known else f"number {mode}"
+    known = value in kind.values()
+    return kind.Name(value).removeprefix(prefix).lower().replace("_", "-") if known else f"number {value}"
 
 
 def _grammar(message: pb.ResponseFormat) -> str | None:
@@ -249,7 +257,7 @@ def _choice(prepared: Prepared, part: Answer | Piece) -> pb.Choice:
 
 def _trace(prepared: Prepared, part: Answer | Piece) -> pb.RoutingTrace:
     shown = [pb.TokenRouting(token=token.token, id=token.id, shares=token.shares) for token in part.tokens]
-    return pb.RoutingTrace(experts=part.experts, tokens=shown, dominating=part.dominating or "")
+    return pb.RoutingTrace(experts=part.experts, tokens=shown, dominating=part.dominating or "", votes=part.votes)
 
 
 def _scored(token: ScoredToken) -> pb.ScoredToken:

@@ -32,11 +32,15 @@ class TokenRouting(_Exact):
 
 
 class RoutingTrace(_Exact):
-    """Which experts acted; there for those who asked with ``routing.trace``."""
+    """Which experts acted; there for those who asked with ``routing.trace``.
+
+    ``votes`` says how many layer routers voted for each of ``experts``, where they did.
+    """
 
     experts: list[str]
     dominating: str | None
     tokens: list[TokenRouting]
+    votes: list[int] | Absent = None
 
 
 class CompletionLogprobs(_Exact):

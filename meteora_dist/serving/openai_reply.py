@@ -79,7 +79,8 @@ class Reply:
             choice["logprobs"] = (_chat_logprobs if self.chat else _completion_logprobs)(part.logprobs)
         if self.prepared.asked.trace:
             shown = [{"token": token.token, "id": token.id, "shares": token.shares} for token in part.tokens]
-            choice["routing"] = {"experts": part.experts, "dominating": part.dominating, "tokens": shown}
+            votes = {"votes": part.votes} if part.votes else {}
+            choice["routing"] = {"experts": part.experts, "dominating": part.dominating, "tokens": shown, **votes}
         return choice
 
 

@@ -13,7 +13,15 @@ from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving import ranges
 from meteora_dist.serving.json_grammar import json_grammar
 from meteora_dist.serving.request import Prompt, TextRequest, TokenIds, Turn
-from meteora_dist.serving.selection import MAX_BLEND, MAX_TEMPERATURE, MAX_WEIGHT, MIN_TEMPERATURE, MODES, select
+from meteora_dist.serving.selection import (
+    MAX_BLEND,
+    MAX_TEMPERATURE,
+    MAX_WEIGHT,
+    MIN_TEMPERATURE,
+    MODES,
+    VOTE_RULES,
+    select,
+)
 
 COMPLETION_MAX_TOKENS = 16
 """What OpenAI's completions endpoint produces when ``max_tokens`` is absent."""
@@ -66,13 +74,15 @@ class RoutingOptions(_Strict):
         experts: The one of ``named``, the ones of ``blend``.
         top_k: Experts a token uses under ``auto``; None for the bank's default.
         temperature: Divides the chosen gate logits under ``auto``; None for the bank's default.
-        trace: Whether every choice reports each expert's share for every token.
+        vote: How routers decide under ``auto-sequence``: ``majority`` or ``last``; None for the bank's default.
+        trace: Whether every choice reports each expert's share for every token, and the votes of routers.
     """
 
     mode: str | None = _documented(enum=[*MODES, None])
     experts: list[ChosenExpert] | None = _documented(maxItems=MAX_BLEND)
     top_k: int | None = _documented(minimum=1)
     temperature: float | None = _documented(minimum=MIN_TEMPERATURE, maximum=MAX_TEMPERATURE)
+    vote: str | None = _documented(enum=[*VOTE_RULES, None])
     trace: bool = False
 
 
@@ -157,7 +167,7 @@ class GenerationBody(_Strict):
         return TextRequest(
             prompts=prompts,
             model=self.model,
-            selection=select(self.model, routing.mode, experts, routing.top_k, routing.temperature),
+            selection=select(self.model, routing.mode, experts, routing.top_k, routing.temperature, routing.vote),
             n=1 if self.n is None else self.n,
             max_tokens=max_tokens,
             sampling=self._sampling(),

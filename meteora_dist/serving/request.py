@@ -140,6 +140,7 @@ class Piece:
         experts: Names of the experts, in the order of the shares.
         dominating: With a trace, the expert with the largest share over all tokens so far; None when none acted.
         ending: Set in the answer's last piece only.
+        votes: With a trace, how many layer routers voted for each of ``experts``; empty where none voted.
     """
 
     text: str
@@ -149,6 +150,7 @@ class Piece:
     experts: tuple[str, ...] = ()
     dominating: str | None = None
     ending: Ending | None = None
+    votes: tuple[int, ...] = ()
 
     @property
     def silent(self) -> bool:
@@ -167,6 +169,7 @@ class Answer:
     experts: tuple[str, ...]
     dominating: str | None
     ending: Ending
+    votes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,4 +209,5 @@ def _joined(parts: list[Piece]) -> Answer:
         experts=last.experts,
         dominating=last.dominating,
         ending=last.ending,
+        votes=last.votes,
     )

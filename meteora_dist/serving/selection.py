@@ -1,7 +1,7 @@
 """Which experts a caller wants: by ``model`` alone, as OpenAI's clients can say it, or with the routing options.
 
 auto                      the gates pick, for every token
-auto-sequence             the gates' votes over the prompt pick one expert for the whole answer
+auto-sequence             a vote on the prompt, of routers or else of the gates, picks one expert for the whole answer
 NAME                      one expert
 NAME:WEIGHT,NAME:WEIGHT   a blend of experts
 base                      no expert
@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from meteora_dist.bank.manifest import VoteRule
 from meteora_dist.errors import InvalidRequest
 
 Mode = Literal["auto", "auto-sequence", "named", "blend", "base"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 CHOOSING: tuple[Mode, ...] = ("auto", "auto-sequence", "base")
 """Modes that ``model`` can name by themselves."""
+VOTE_RULES: tuple[VoteRule, ...] = get_args(VoteRule)
 MAX_BLEND = 8
 """Most experts of a blend: every token pays for all of them."""
 MAX_WEIGHT = 16.0
@@ -36,12 +38,14 @@ class Selection:
         experts: (name, weight) under ``named``, with weight 1, and ``blend``.
         top_k: Experts a token uses under ``auto``; None for the bank's default.
         temperature: Divides the chosen gate logits under ``auto``; None for the bank's default.
+        vote: How routers decide under ``auto-sequence``; None for the bank's default.
     """
 
     mode: Mode = "auto"
     experts: tuple[tuple[str, float], ...] = ()
     top_k: int | None = None
     temperature: float | None = None
+    vote: VoteRule | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -55,6 +59,7 @@ def select(
     experts: Sequence[tuple[str, float | None]] = (),
     top_k: int | None = None,
     temperature: float | None = None,
+    vote: str | None = None,
 ) -> Selection:
     """What ``model`` and the routing options say together.
 
@@ -64,6 +69,7 @@ def select(
         experts: ``routing.experts``: names, and weights for a blend.
         top_k: ``routing.top_k``.
         temperature: ``routing.temperature``.
+        vote: ``routing.vote``.
 
     Raises:
         InvalidRequest: They contradict each other, or a value is out of its range; whether an expert exists is not
@@ -83,7 +89,18 @@ def select(
     for name, value in (("top_k", top_k), ("temperature", temperature)):
         if value is not None and chosen.mode != "auto":
             raise InvalidRequest(f"routing.{name} is for mode auto, and this is {chosen.mode}", f"routing.{name}")
-    return Selection(chosen.mode, chosen.experts, top_k, temperature)
+    return Selection(chosen.mode, chosen.experts, top_k, temperature, _vote(vote, chosen.mode))
+
+
+def _vote(vote: str | None, mode: Mode) -> VoteRule | None:
+    if vote is None:
+        return None
+    if mode != "auto-sequence":
+        raise InvalidRequest(f"routing.vote is for mode auto-sequence, and this is {mode}", "routing.vote")
+    for rule in VOTE_RULES:
+        if vote == rule:
+            return rule
+    raise InvalidRequest(f"routing.vote is {vote!r}, but must be one of {', '.join(VOTE_RULES)}", "routing.vote")
 
 
 def _by_model(model: str) -> Selection:

@@ -14,7 +14,6 @@ from uuid import uuid4
 
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import InvalidRequest, PromptTooLong, RequestExpired
-from meteora_dist.moe.routing import named
 from meteora_dist.observability.calls import Call, Observer, current_call
 from meteora_dist.serving.admission import Admission
 from meteora_dist.serving.catalog import Catalog
@@ -27,6 +26,7 @@ from meteora_dist.serving.ranges import check_ranges
 from meteora_dist.serving.request import Piece, Prompt, TextRequest
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.transcript import Transcript
+from meteora_dist.serving.voting import Decided, ballot, decided
 
 _SEED_STEP = 0x9E37_79B9_7F4A_7C15
 """Seeds of a prompt's answers lie so far apart that no draw of one is a draw of another."""
@@ -129,7 +129,7 @@ class TextService:
         """
         check_ranges(request)
         self.limits.check(request)
-        self.catalog.check(request.selection.models, caller)
+        self.catalog.check_selection(request.selection, caller)
         call = current_call()
         call.asks(request.model, request.selection.mode)
         # Tokenizing a long prompt is work as well: not for a call that would be refused after it.
@@ -198,43 +198,34 @@ class TextService:
                 "gives one"
             ) from None
 
-    async def _decided(self, prepared: Prepared, catalog: Catalog) -> list[GenerationRequest]:
+    async def _decided(self, prepared: Prepared, catalog: Catalog) -> list[Decided]:
         """The answers' requests; under ``auto-sequence`` with the expert that each prompt has voted for."""
         # An expert may have left while the call waited.
-        catalog.check(prepared.asked.selection.models, prepared.caller)
+        catalog.check_selection(prepared.asked.selection, prepared.caller)
         routing, generation = catalog.routing(prepared.asked.selection), catalog.manifest.generation
         answers = [replace(answer, routing=routing, generation=generation) for answer in prepared.answers]
         if prepared.asked.selection.mode != "auto-sequence":
-            return answers
-        n = prepared.asked.n
-        experts = await asyncio.gather(*(self._vote(answer) for answer in answers[::n]))
-        return [replace(answer, routing=named(experts[index // n])) for index, answer in enumerate(answers)]
+            return [Decided(answer) for answer in answers]
+        n, rule = prepared.asked.n, prepared.asked.selection.vote or catalog.manifest.routing.vote
+        routers, experts = catalog.manifest.routers is not None, len(catalog.experts)
+        outcomes = await asyncio.gather(*(self._outcome(ballot(answer, routers)) for answer in answers[::n]))
+        return [decided(answer, outcomes[index // n], experts, rule) for index, answer in enumerate(answers)]
 
-    async def _vote(self, answer: GenerationRequest) -> int:
-        """The expert with the most gate weight over the prompt, all its tokens and all routed linears together."""
-        ballot = GenerationRequest(
-            f"{answer.request_id}-vote",
-            answer.prompt_ids,
-            max_tokens=1,
-            routing=answer.routing,
-            generation=answer.generation,
-            vote=True,
-        )
-        shares: tuple[float, ...] = ()
-        async with aclosing(self._engine.generate(ballot)) as events:
-            async for event in events:
-                shares = event.shares or ()
-        assert shares, "a vote ends with its shares"
-        return shares.index(max(shares))
+    async def _outcome(self, vote: GenerationRequest) -> TokenEvent:
+        """The one token of a vote."""
+        async with aclosing(self._engine.generate(vote)) as events:
+            (outcome,) = [event async for event in events]
+        return outcome
 
     async def _answer(
-        self, prepared: Prepared, catalog: Catalog, index: int, request: GenerationRequest
+        self, prepared: Prepared, catalog: Catalog, index: int, decided: Decided
     ) -> AsyncGenerator[Piece, None]:
         seen = [number for number, expert in enumerate(catalog.experts) if prepared.caller.sees(expert)]
         names = tuple(catalog.experts[number] for number in seen)
-        transcript = Transcript(request, self._tokenizer, prepared.asked.stop, names, index)
+        votes = tuple(decided.votes[number] for number in seen) if decided.votes and prepared.asked.trace else ()
+        transcript = Transcript(decided.request, self._tokenizer, prepared.asked.stop, names, index, votes)
         watch = prepared.call.answer(catalog.experts)
-        async with aclosing(self._engine.generate(request)) as events:
+        async with aclosing(self._engine.generate(decided.request)) as events:
             while True:
                 event = await self._in_time(prepared, anext(events))
                 watch.token(event.shares)

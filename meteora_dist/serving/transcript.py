@@ -20,6 +20,7 @@ class Transcript:
         stops: Sequence[str],
         experts: tuple[str, ...],
         index: int = 0,
+        votes: tuple[int, ...] = (),
     ) -> None:
         self._index = index
         self._prompt_tokens = len(request.prompt_ids)
@@ -27,6 +28,7 @@ class Transcript:
         self._raw: Callable[[int], bytes] = tokenizer.raw
         self._scanner = StopScanner(stops)
         self._experts = experts
+        self._votes = votes
         self._produced = 0
         self._characters = 0
         self._sums = [0.0] * len(experts)
@@ -49,6 +51,7 @@ class Transcript:
             self._experts,
             self._dominating(),
             self._ending(event.finish_reason),
+            self._votes,
         )
 
     def _trace(self, event: TokenEvent, completed: str) -> tuple[TokenTrace, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from meteora_dist.adapters import read_adapter
 from meteora_dist.bank import Bank, write_bank
-from meteora_dist.bank.gates import gates_metadata, model_order
+from meteora_dist.bank.gates import model_order, rows_metadata
 from meteora_dist.errors import AdapterError, BankError, MeteoraError
 from tests.adapters.builders import CONFIG, WEIGHTS, edit_config, peft_adapter
 from tests.bank.conftest import Parts, random_gates
@@ -65,12 +65,13 @@ def test_manifest_says_what_is_inside(parts: Parts, bank: Bank) -> None:
     manifest = json.loads((bank.path / "bank.json").read_text())
     assert manifest["schema_version"] == 1
     assert manifest["base_model"] == "tiny/llama"
-    assert manifest["routing"] == {"mode": "auto", "top_k": 2, "temperature": 1.0}
+    assert manifest["routing"] == {"mode": "auto", "top_k": 2, "temperature": 1.0, "vote": "majority"}
+    assert manifest["routers"] is None
     assert manifest["generation"] == 1
     few = manifest["experts"][1]
     assert few == {
         **{"name": "few", "rank": 2, "alpha": 3.0, "rslora": True, "targets": ["down_proj", "q_proj"]},
-        "gate": "trained",
+        **{"gate": "trained", "router": "none"},
         "digest": read_adapter(parts.adapters["few"]).digest,
     }
 
@@ -285,8 +286,8 @@ def test_refuses_gates_that_do_not_say_whose_they_are(bank: Bank, metadata: dict
 
 
 def test_the_row_digest_depends_on_order_and_adapters() -> None:
-    assert gates_metadata({"a": "1", "b": "2"}) != gates_metadata({"b": "2", "a": "1"})
-    assert gates_metadata({"a": "1", "b": "2"}) != gates_metadata({"a": "2", "b": "1"})
+    assert rows_metadata({"a": "1", "b": "2"}) != rows_metadata({"b": "2", "a": "1"})
+    assert rows_metadata({"a": "1", "b": "2"}) != rows_metadata({"a": "2", "b": "1"})
 
 
 def test_refuses_another_base_model(parts: Parts, bank: Bank, tmp_path: Path) -> None:

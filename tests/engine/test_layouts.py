@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meteora_dist.bank import Bank
+from meteora_dist.bank import Bank, Routers
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.lockstep import join
 from meteora_dist.engine.rank import RankEngine, load_routed
 from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routed_model import RoutedModel
+from meteora_dist.moe.routers import Span, pool
 from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
 from tests.support.ranks import meet, rendezvous, run_ranks
-from tests.support.tiny import SPECS, VOCABULARY, Spec, load_tiny_llama, write_tiny_bank
+from tests.support.tiny import SPECS, VOCABULARY, Spec, load_tiny_llama, random_routers, write_tiny_bank
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (3, 1)]
 BANK = SPECS | {"odd": Spec(3, 6, targets=("k_proj", "o_proj", "up_proj")), "one": Spec(1, 2)}
@@ -39,6 +40,9 @@ REQUESTS = [
     for i, choice in enumerate([*MIXED, RoutingChoice(top_k=4), RoutingChoice(top_k=1)])
 ]
 """Up to 62 prompt tokens, where a pass takes 32: they are split, and prefill shares passes with decoding."""
+BALLOTS = [
+    GenerationRequest(f"v{i}", tuple(range(3 + 5 * i, 20 + 14 * i)), 1, routing=BASE, vote="routers") for i in range(6)
+]
 
 
 Served = dict[str, list[tuple[int, tuple[float, ...]]]]
@@ -46,11 +50,12 @@ Served = dict[str, list[tuple[int, tuple[float, ...]]]]
 
 
 class Answers(NamedTuple):
-    """What one rank saw: logits and shares of every case, and its group's requests, spread or all on one group."""
+    """What one rank saw: logits and shares of every case, its group's requests, spread or all on one group, votes."""
 
     forward: list[Tensor]
     spread: Served
     lone: Served
+    votes: list[tuple[int, ...] | None]
 
 
 Worlds = dict[tuple[int, int], list[Answers]]
@@ -98,6 +103,17 @@ async def together(engine: RankEngine, requests: list[GenerationRequest]) -> Ser
     return {request.request_id: answer for request, answer in zip(requests, answers, strict=True)}
 
 
+async def votes(engine: RankEngine) -> list[tuple[int, ...] | None]:
+    """Of the routers, while another request decodes with the experts of all groups."""
+
+    async def one(request: GenerationRequest) -> tuple[int, ...] | None:
+        (event,) = [event async for event in engine.generate(request)]
+        return event.votes
+
+    *outcomes, _ = await asyncio.gather(*map(one, BALLOTS), together(engine, REQUESTS[-1:]))
+    return outcomes
+
+
 def run_layout(rank: int, config: EngineConfig, folder: Path) -> Answers:
     mesh = config.mesh
     group, driver = mesh.ep_rank(rank), rank in mesh.drivers
@@ -114,8 +130,10 @@ def run_layout(rank: int, config: EngineConfig, folder: Path) -> Answers:
     # Now only the first group has any, and the others serve their experts without a forward pass of their own.
     lone = asyncio.run(together(engine, REQUESTS)) if rank == 0 else {}
     meet(folder, "lone", rank, mesh.size)
+    voted = asyncio.run(votes(engine)) if driver else []
+    meet(folder, "voted", rank, mesh.size)
     engine.stop()
-    return Answers(answers, spread, lone)
+    return Answers(answers, spread, lone, voted)
 
 
 def run_all(rank: int, configs: list[EngineConfig], folder: Path) -> list[Answers | None]:
@@ -130,7 +148,8 @@ def run_all(rank: int, configs: list[EngineConfig], folder: Path) -> list[Answer
 
 @pytest.fixture(scope="module")
 def bank(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    return write_tiny_bank(tiny_base, tmp_path_factory.mktemp("layout-bank"), BANK)
+    routers = Routers(random_routers(EXPERTS), "mean")
+    return write_tiny_bank(tiny_base, tmp_path_factory.mktemp("layout-bank"), BANK, routers)
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +217,20 @@ def test_greedy_tokens(worlds: Worlds, greedy: dict[str, list[int]], layout: tup
             for _, shares in served[request.request_id]:
                 assert len(shares) == EXPERTS
                 assert sum(shares) == pytest.approx(total, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_routers_vote_alike(worlds: Worlds, alone: RoutedModel, layout: tuple[int, int]) -> None:
+    expected = []
+    for ballot in BALLOTS:
+        with torch.no_grad():
+            states = alone.model(torch.tensor([ballot.prompt_ids]), output_hidden_states=True).hidden_states
+        span = Span(0, len(ballot.prompt_ids), "mean")
+        pooled_LH = torch.cat([pool(hidden[0], [span]) for hidden in states[:-1]])
+        expected.append(alone.routers[1].votes(pooled_LH))
+    assert len(set(expected)) > 2
+    drivers = worlds[layout][:: layout[1]]
+    assert [answers.votes for answers in drivers] == [expected] * layout[0]
 
 
 def test_the_requests_reach_what_they_are_meant_to(greedy: dict[str, list[int]]) -> None:

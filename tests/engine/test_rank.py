@@ -325,7 +325,7 @@ async def test_a_vote_reports_the_shares_over_the_whole_prompt(tiny_base: Path, 
             (await collect(engine, GenerationRequest(f"t{n}", prompt[:n], 1, trace=True)))[0].shares
             for n in range(1, len(prompt) + 1)
         ]
-        vote = GenerationRequest("vote", prompt, 1, vote=True)
+        vote = GenerationRequest("vote", prompt, 1, vote="gates")
         (event,), *_ = await together(engine, [vote, *REQUESTS[:2]])
         assert event.shares == pytest.approx(torch.tensor(traced).mean(0).tolist(), abs=1e-5)
     finally:

@@ -49,7 +49,7 @@ class ScriptedEngine:
                     await self.pause.wait()
                 last = index + 1 == request.max_tokens
                 reason = "stop" if token == EOS else "length" if last else None
-                shares = (0.1, 0.6, 0.2, 0.1) if request.trace or request.vote else None
+                shares = (0.1, 0.6, 0.2, 0.1) if request.trace or request.vote == "gates" else None
                 top = None if request.top_logprobs is None else [(token, -0.5), (EOS, -1.0)][: request.top_logprobs]
                 yield TokenEvent(token, reason, shares, None if top is None else Logprobs(-0.5, tuple(top)))
             if self.error is not None:

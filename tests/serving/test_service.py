@@ -88,7 +88,7 @@ async def test_auto_sequence_votes_once_a_prompt_and_then_names_the_expert(
     engine = says(tokenizer, "x")
     await answers(make_service(engine), ("Hi",), n=2, selection=Selection("auto-sequence"))
     vote, *answered = engine.seen
-    assert (vote.vote, vote.max_tokens, vote.routing) == (True, 1, RoutingChoice("auto", 2, 1.0))
+    assert (vote.vote, vote.max_tokens, vote.routing) == ("gates", 1, RoutingChoice("auto", 2, 1.0))
     # The scripted engine gives expert 1 the largest share.
     assert [request.routing for request in answered] == [named(1), named(1)]
     assert {request.prompt_ids for request in engine.seen} == {tokenizer.encode("Hi")}

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from meteora_dist.bank import Bank, write_bank
+from meteora_dist.bank import Bank, Routers, write_bank
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS, HIDDEN, MLP, VOCABULARY = 2, 32, 48, 260
@@ -106,10 +106,18 @@ def random_gates(experts: int, seed: int = 11) -> dict[str, torch.Tensor]:
     return {name: torch.randn(experts, width, generator=generator) for name, width in widths.items()}
 
 
-def write_tiny_bank(base: Path, folder: Path, specs: Mapping[str, Spec] = SPECS) -> Bank:
+def random_routers(experts: int, seed: int = 12) -> dict[str, torch.Tensor]:
+    """Routers of all layers whose choices differ from layer to layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return {f"model.layers.{layer}": torch.randn(experts, HIDDEN, generator=generator) for layer in range(LAYERS)}
+
+
+def write_tiny_bank(
+    base: Path, folder: Path, specs: Mapping[str, Spec] = SPECS, routers: Routers | None = None
+) -> Bank:
     """A bank of random adapters and gates in ``folder/bank``."""
     adapters = {
         name: write_adapter(base, folder / "adapters" / name, spec, seed)
         for seed, (name, spec) in enumerate(specs.items())
     }
-    return write_bank(folder / "bank", base, "tiny-llama", adapters, random_gates(len(specs)))
+    return write_bank(folder / "bank", base, "tiny-llama", adapters, random_gates(len(specs)), routers=routers)

@@ -31,23 +31,32 @@ class LoneEngine(RankEngine):
         return nullcontext()
 
 
-@pytest.fixture(scope="module")
-def service(tiny_base: Path, tiny_bank: Bank, tokenizer: TextTokenizer) -> Iterator[TextService]:
-    engine = LoneEngine(EngineConfig(model=tiny_base, bank=tiny_bank.path, max_model_len=CONTEXT, kv_cache_tokens=8192))
+def serving(base: Path, bank: Bank, tokenizer: TextTokenizer) -> Iterator[TextService]:
+    """A service of ``bank``, until it is closed."""
+    engine = LoneEngine(EngineConfig(model=base, bank=bank.path, max_model_len=CONTEXT, kv_cache_tokens=8192))
     limits = Limits(max_model_len=CONTEXT, max_live_requests=64)
     gate = Gate(None, anonymous=True)
-    yield TextService(engine, tokenizer, Catalog(tiny_bank.manifest), limits, gate)  # type: ignore[arg-type]
+    yield TextService(engine, tokenizer, Catalog(bank.manifest), limits, gate)  # type: ignore[arg-type]
     engine.stop()
 
 
-@pytest.fixture
-def ways(service: TextService) -> list[Http | Grpc]:
+@pytest.fixture(scope="module")
+def service(tiny_base: Path, tiny_bank: Bank, tokenizer: TextTokenizer) -> Iterator[TextService]:
+    yield from serving(tiny_base, tiny_bank, tokenizer)
+
+
+def ways_of(service: TextService) -> list[Http | Grpc]:
     """HTTP and gRPC, each whole and as a stream."""
     transport = httpx.ASGITransport(create_api(service), raise_app_exceptions=False)
     client = httpx.AsyncClient(transport=transport, base_url="http://test")
     servicer = GrpcMethods()
     servicer.service = service
     return [Http(client, False), Http(client, True), Grpc(servicer, False), Grpc(servicer, True)]
+
+
+@pytest.fixture
+def ways(service: TextService) -> list[Http | Grpc]:
+    return ways_of(service)
 
 
 @pytest.fixture(params=[0, 3], ids=["http", "grpc_stream"])

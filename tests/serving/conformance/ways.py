@@ -44,6 +44,7 @@ class Told:
     dominating: str | None
     shares: tuple[tuple[float, ...], ...]
     scored: tuple[Scored, ...]
+    votes: tuple[int, ...] = ()
 
     @property
     def letters(self) -> list[str]:
@@ -160,6 +161,9 @@ def message_of(question: Question) -> pb.GenerateRequest:
     routing = dict(question.get("routing", {}))
     if "mode" in routing:
         message.routing.mode = pb.Mode.Value("MODE_" + routing.pop("mode").upper().replace("-", "_"))
+    if "vote" in routing:
+        vote = routing.pop("vote")
+        message.routing.vote = vote if isinstance(vote, int) else pb.VoteRule.Value("VOTE_RULE_" + vote.upper())
     message.routing.experts.extend(pb.ChosenExpert(**expert) for expert in routing.pop("experts", []))
     for name, value in routing.items():
         setattr(message.routing, name, value)
@@ -204,6 +208,7 @@ def _outcome(parts: list[Any], usage: Any, content: str) -> Outcome:
                 traces[-1]["dominating"] if traces else None,
                 tuple(tuple(token["shares"]) for trace in traces for token in trace["tokens"]),
                 tuple(one for choice in choices for one in _scored(choice["logprobs"])),
+                tuple(traces[-1].get("votes", ())) if traces else (),
             )
         )
     return Outcome(tuple(answers), (usage["prompt_tokens"], usage["completion_tokens"]))
@@ -249,6 +254,7 @@ def _told(choices: list[pb.Choice], usage: pb.Usage) -> Outcome:
                 parts[-1].routing.dominating or None,
                 tuple(tuple(token.shares) for part in parts for token in part.routing.tokens),
                 tuple(scored),
+                tuple(parts[-1].routing.votes),
             )
         )
     return Outcome(tuple(answers), (usage.prompt_tokens, usage.completion_tokens))

@@ -34,7 +34,7 @@ class BankChange(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., experts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ExpertDescription(_message.Message):
-    __slots__ = ("name", "digest", "rank", "alpha", "rslora", "targets", "gate", "groups", "resident_bytes", "requests", "routed")
+    __slots__ = ("name", "digest", "rank", "alpha", "rslora", "targets", "gate", "groups", "resident_bytes", "requests", "routed", "router")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class ExpertDescription(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     ROUTED_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     rank: int
@@ -57,7 +58,8 @@ class ExpertDescription(_message.Message):
     resident_bytes: int
     requests: int
     routed: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., rslora: _Optional[bool] = ..., targets: _Optional[_Iterable[str]] = ..., gate: _Optional[str] = ..., groups: _Optional[_Iterable[int]] = ..., resident_bytes: _Optional[int] = ..., requests: _Optional[int] = ..., routed: _Optional[int] = ...) -> None: ...
+    router: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., rslora: _Optional[bool] = ..., targets: _Optional[_Iterable[str]] = ..., gate: _Optional[str] = ..., groups: _Optional[_Iterable[int]] = ..., resident_bytes: _Optional[int] = ..., requests: _Optional[int] = ..., routed: _Optional[int] = ..., router: _Optional[str] = ...) -> None: ...
 
 class DescribeExpertsRequest(_message.Message):
     __slots__ = ()

@@ -17,6 +17,12 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_BLEND: _ClassVar[Mode]
     MODE_BASE: _ClassVar[Mode]
 
+class VoteRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VOTE_RULE_UNSPECIFIED: _ClassVar[VoteRule]
+    VOTE_RULE_MAJORITY: _ClassVar[VoteRule]
+    VOTE_RULE_LAST: _ClassVar[VoteRule]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -28,6 +34,9 @@ MODE_AUTO_SEQUENCE: Mode
 MODE_NAMED: Mode
 MODE_BLEND: Mode
 MODE_BASE: Mode
+VOTE_RULE_UNSPECIFIED: VoteRule
+VOTE_RULE_MAJORITY: VoteRule
+VOTE_RULE_LAST: VoteRule
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -132,18 +141,20 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("top_k", "temperature", "trace", "mode", "experts")
+    __slots__ = ("top_k", "temperature", "trace", "mode", "experts", "vote")
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    VOTE_FIELD_NUMBER: _ClassVar[int]
     top_k: int
     temperature: float
     trace: bool
     mode: Mode
     experts: _containers.RepeatedCompositeFieldContainer[ChosenExpert]
-    def __init__(self, top_k: _Optional[int] = ..., temperature: _Optional[float] = ..., trace: _Optional[bool] = ..., mode: _Optional[_Union[Mode, str]] = ..., experts: _Optional[_Iterable[_Union[ChosenExpert, _Mapping]]] = ...) -> None: ...
+    vote: VoteRule
+    def __init__(self, top_k: _Optional[int] = ..., temperature: _Optional[float] = ..., trace: _Optional[bool] = ..., mode: _Optional[_Union[Mode, str]] = ..., experts: _Optional[_Iterable[_Union[ChosenExpert, _Mapping]]] = ..., vote: _Optional[_Union[VoteRule, str]] = ...) -> None: ...
 
 class ChosenExpert(_message.Message):
     __slots__ = ("name", "weight")
@@ -162,14 +173,16 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class RoutingTrace(_message.Message):
-    __slots__ = ("experts", "tokens", "dominating")
+    __slots__ = ("experts", "tokens", "dominating", "votes")
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     DOMINATING_FIELD_NUMBER: _ClassVar[int]
+    VOTES_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedScalarFieldContainer[str]
     tokens: _containers.RepeatedCompositeFieldContainer[TokenRouting]
     dominating: str
-    def __init__(self, experts: _Optional[_Iterable[str]] = ..., tokens: _Optional[_Iterable[_Union[TokenRouting, _Mapping]]] = ..., dominating: _Optional[str] = ...) -> None: ...
+    votes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, experts: _Optional[_Iterable[str]] = ..., tokens: _Optional[_Iterable[_Union[TokenRouting, _Mapping]]] = ..., dominating: _Optional[str] = ..., votes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenRouting(_message.Message):
     __slots__ = ("token", "id", "shares")
