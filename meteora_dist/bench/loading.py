@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from meteora_dist.bench.memory import limited_growth, peak_resident, reset_peak, resident
@@ -22,6 +22,7 @@ from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.errors import EngineUnavailable
+from meteora_dist.model.packed import PackedLinear
 
 PROMPT = tuple(range(100, 116))
 TOKENS = 8
@@ -171,11 +172,16 @@ def _report(engine: RankEngine, peak: int, load_s: float, tokens: tuple[int, ...
     return RankReport(
         bank=sum(group.state.stack.nbytes for group in routed.groups),
         gates=sum(gate_PH.nbytes for group in routed.groups for gate_PH in group.state.gates),
-        base=sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in routed.model.parameters()),
+        base=_base_bytes(routed.model),
         peak=peak,
         load_s=load_s,
         tokens=tokens,
     )
+
+
+def _base_bytes(model: PreTrainedModel) -> int:
+    packed = sum(module.nbytes for module in model.modules() if isinstance(module, PackedLinear))
+    return packed + sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
 
 
 async def _answer(engine: RankEngine) -> tuple[int, ...]:

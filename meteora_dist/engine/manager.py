@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -27,6 +28,7 @@ from meteora_dist.engine.shares import ShareKeeper, Shares
 from meteora_dist.engine.votes import VoteKeeper, Votes, ballots_of
 from meteora_dist.engine.zeros import ZerosOnDemand
 from meteora_dist.errors import EngineUnavailable
+from meteora_dist.model.paged_attention import NAME as PAGED_ATTENTION
 from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import plan_pass, slots_of_pass
 
@@ -67,6 +69,7 @@ class LockstepManager(ContinuousBatchingManager):
         sampler: RequestSampler,
         deliver: Deliver,
         lockstep: Lockstep,
+        threads: int = 1,
     ) -> None:
         """Prepares the manager; ``start`` runs it.
 
@@ -77,6 +80,7 @@ class LockstepManager(ContinuousBatchingManager):
             sampler: Draws the tokens.
             deliver: Receives every new token.
             lockstep: Keeps the ranks of the world together.
+            threads: Torch threads of the loop on the CPU.
         """
         # transformers names a private protocol that its own PreTrainedModel does not spell out.
         super().__init__(routed.model, generation_config, batching_config)  # type: ignore[arg-type]
@@ -89,6 +93,7 @@ class LockstepManager(ContinuousBatchingManager):
         self._asleep = False
         self._wake_up_loop = _WakeUp(lockstep)
         self._deliver = deliver
+        self._threads = threads
         self._keep = ShareKeeper()
         self._votes = VoteKeeper()
 
@@ -149,7 +154,14 @@ class LockstepManager(ContinuousBatchingManager):
         )
         self._deliver(output, notes)
 
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """Leaves our own attention where it is; see ``transformers``."""
+        if model.config._attn_implementation != PAGED_ATTENTION:
+            super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        # The loop's own thread begins here.
+        torch.set_num_threads(self._threads)
         with ZerosOnDemand():
             return super()._create_batch_processor()
 

@@ -22,6 +22,7 @@ from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEvent
 from meteora_dist.engine.sampler import RequestSampler
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
+from meteora_dist.model.fast_layers import speed_up
 from meteora_dist.model.load import accelerator, load_base, torch_dtype
 from meteora_dist.moe.equal_exchange import AdaptiveDispatcher
 from meteora_dist.moe.holdings import Holdings, Resident
@@ -68,11 +69,14 @@ class RankEngine:
         Raises:
             CheckpointError: Model or bank cannot be used; the message says why.
         """
-        torch.set_num_threads(config.threads)
+        # Each thread that computes in parallel has a team of its own, and with several teams none waits for the next
+        # operation awake: the loop shall have the only one. It sets its own number, which new threads start with.
+        torch.set_num_threads(1)
         lockstep = join(rank, config.mesh.size, rendezvous, BACKENDS[accelerator().type])
         self._drivers = config.mesh.drivers
         self._rank = rank
         self.routed = load_routed(config, rank, residency)
+        speed_up(self.routed.model)
         self.generation_config = _generation_config(self.routed.model)
         self._max_len = config.max_model_len
         self._live: dict[str, _Live] = {}
@@ -86,6 +90,7 @@ class RankEngine:
             RequestSampler(self._grammars),
             self._deliver,
             lockstep,
+            config.threads,
         )
         self._manager.start()
 

@@ -182,6 +182,11 @@ class RoutedLinear(nn.Module):
         self._shared = shared
         self._index = index
 
+    @property
+    def group(self) -> RoutedGroup:
+        """The linears that route together with this one."""
+        return self._shared.group
+
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., O] of x [..., H]."""
         return self.with_delta(self.base_layer(x), x)
