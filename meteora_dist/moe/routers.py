@@ -115,26 +115,25 @@ class LayerStates:
     """Looks at what enters the decoder layers of a model; costs nothing while nobody listens."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Hooks into the layers of ``model``."""
-        self._spans: Sequence[Span] = ()
-        self._taken: list[Tensor] = []
-        for layer in decoder_layers(model).values():
-            layer.register_forward_pre_hook(self._look, with_kwargs=True)
+        """Takes note of ``model``; its layers are looked up when somebody listens, as they may be replaced."""
+        self._model = model
 
     @contextmanager
     def pooling(self, spans: Sequence[Span]) -> Iterator[list[Tensor]]:
         """Pools these spans in the pass run inside; the list has a tensor [S, H], fp32, for every layer after it."""
-        self._spans, self._taken = spans, []
-        try:
-            yield self._taken
-        finally:
-            self._spans, self._taken = (), []
+        taken: list[Tensor] = []
 
-    def _look(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not self._spans:
-            return
-        hidden: Tensor = arguments[0] if arguments else named["hidden_states"]
-        self._taken.append(pool(hidden.flatten(0, -2), self._spans))
+        def look(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            hidden: Tensor = arguments[0] if arguments else named["hidden_states"]
+            taken.append(pool(hidden.flatten(0, -2), spans))
+
+        layers = self._model.get_decoder().layers if spans else ()
+        hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+        try:
+            yield taken
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def pool(hidden_TH: Tensor, spans: Sequence[Span]) -> Tensor:
