@@ -84,7 +84,9 @@ QUEUE_SECONDS = _histogram(
 )
 LIVE_REQUESTS = _gauge("live_requests", "Calls under way that ask for tokens, waiting ones included.")
 WAITING_REQUESTS = _gauge("waiting_requests", "Calls that wait until the engine has room for them.")
-READY = _gauge("ready", "1 while the engine answers, 0 while it is rebuilt or has failed.")
+READY = _gauge(
+    "ready", "1 while the engine answers, 0 while it is rebuilt, has failed, or cannot load the newest bank generation."
+)
 
 EXPERT_TOKENS = _counter(
     "expert_tokens",
@@ -107,6 +109,10 @@ EXCHANGE_SECONDS = _counter(
 BANK_BYTES = _gauge("bank_bytes", "Memory of a rank's part of the bank.", "rank", "part")
 BANK_GENERATION = _gauge("bank_generation", "The bank generation that new requests use.")
 BANK_LIVE_GENERATIONS = _gauge("bank_live_generations", "Bank generations that the ranks hold.")
+BANK_NEWEST_GENERATION = _gauge("bank_newest_generation", "The newest bank generation of all replicas.")
+BANK_FOLLOW_FAILURES = _counter(
+    "bank_follow_failures", "Failed tries to see, or to load, what another replica has made of the bank."
+)
 BANK_EXPERTS = _gauge("bank_experts", "Experts of the generation that new requests use.")
 
 RANK_LOSSES = _counter("rank_losses", "Times that ranks were lost, which costs all of them.")

@@ -36,11 +36,13 @@ class Serving:
     """What the ranks serve at the time of a look.
 
     Attributes:
-        manifest: Of the newest bank generation.
+        manifest: Of the bank generation that new requests use.
+        newest: The newest bank generation of all replicas.
         residency: What they hold, and where.
     """
 
     manifest: BankManifest
+    newest: int
     residency: Residency
 
 
@@ -148,6 +150,7 @@ class RankMeter:
     def _bank(self, serving: Serving) -> None:
         record = self._recorder
         record.set(metrics.BANK_GENERATION, serving.manifest.generation)
+        record.set(metrics.BANK_NEWEST_GENERATION, serving.newest)
         record.set(metrics.BANK_LIVE_GENERATIONS, len(serving.residency.roster.generations))
         record.set(metrics.BANK_EXPERTS, len(serving.manifest.experts))
 

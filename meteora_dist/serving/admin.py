@@ -10,6 +10,8 @@ from meteora_dist.bank import BankManifest, ExpertEntry
 from meteora_dist.errors import CheckpointError, InvalidRequest
 from meteora_dist.serving.experts import ExpertAdmin, ExpertStatus
 from meteora_dist.serving.keys import Caller
+from meteora_dist.serving.replicas import ReplicaState
+from meteora_dist.serving.sharing import Sharing
 from meteora_dist.serving.sources import Sources
 
 logger = logging.getLogger(__name__)
@@ -24,14 +26,20 @@ class AdminService:
     adapter is an InvalidRequest that names the file below its root, and no other path.
     """
 
-    def __init__(self, experts: ExpertAdmin, sources: Sources) -> None:
+    def __init__(self, experts: ExpertAdmin, sharing: Sharing, sources: Sources) -> None:
         self._experts = experts
+        self._sharing = sharing
         self._sources = sources
 
     @property
     def manifest(self) -> BankManifest:
         """Of the newest generation."""
         return self._experts.manifest
+
+    @property
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        """Those who share the bank, this one first."""
+        return self._sharing.states
 
     async def add(self, caller: Caller, name: str, adapter: str, expected: int | None) -> BankManifest:
         """Adds the expert ``name`` from a folder below a root, and returns the new generation."""
@@ -60,7 +68,7 @@ class AdminService:
         return await self._experts.list()
 
     async def rebalance(self, caller: Caller) -> int:
-        """Evens out the load of the groups; returns how many adapters have moved."""
+        """Evens out the load of the groups, at every replica; returns how many adapters have moved at this one."""
         caller.demand_admin()
         return await self._told(caller, "rebalance", self._experts.rebalance())
 

@@ -47,7 +47,12 @@ class AdminMethods(GrpcMethods):
         with self._call("DescribeExperts", request, grpc_context) as caller:
             experts = await self.admin.list(caller)
             return pb.DescribeExpertsResponse(
-                generation=self.admin.manifest.generation, experts=[_status(expert) for expert in experts]
+                generation=self.admin.manifest.generation,
+                experts=[_status(expert) for expert in experts],
+                replicas=[
+                    pb.ReplicaDescription(replica=one.replica, generation=one.generation, state=one.state)
+                    for one in self.admin.replicas
+                ],
             )
 
     async def Rebalance(self, request: pb.RebalanceRequest, grpc_context: GrpcContext) -> pb.RebalanceResponse:

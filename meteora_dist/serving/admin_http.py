@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
@@ -59,22 +59,43 @@ class ExpertRow(ExpertEntry):
     routed: int
 
 
+class ReplicaRow(StrictModel):
+    """A replica that shares the bank.
+
+    Attributes:
+        replica: Its name.
+        generation: Which its new requests use.
+        state: ``starting``, ``serving``, or ``behind`` when it could not load a newer generation.
+    """
+
+    replica: str
+    generation: int
+    state: Literal["starting", "serving", "behind"]
+
+
 class ExpertTable(StrictModel):
-    """The experts of the newest generation of the bank."""
+    """The experts of the newest generation of the bank, as the replica that answers serves them.
+
+    Attributes:
+        generation: Its number.
+        experts: In the order of routing shares.
+        replicas: The one that answers, then the others as they were ``generations_poll_s`` ago, or two of them.
+    """
 
     generation: int
     experts: tuple[ExpertRow, ...]
+    replicas: tuple[ReplicaRow, ...]
 
 
 class Changed(StrictModel):
-    """The new generation of the bank, and the names of its experts."""
+    """The new generation of the bank, and the names of its experts. Other replicas load it within moments."""
 
     generation: int
     experts: tuple[str, ...]
 
 
 class Moved(StrictModel):
-    """How many adapters have moved."""
+    """How many adapters have moved at this replica; others follow by their own loads."""
 
     moved: int
 
@@ -90,7 +111,11 @@ def admin_routes(admin: AdminService) -> APIRouter:
     @router.get("/experts", responses=answers(ExpertTable, *ADMIN), response_model=None, operation_id="listExperts")
     async def list_experts(request: Request) -> Json:
         experts = await admin.list(caller_of(request))
-        return {"generation": admin.manifest.generation, "experts": [_status(expert) for expert in experts]}
+        return {
+            "generation": admin.manifest.generation,
+            "experts": [_status(expert) for expert in experts],
+            "replicas": [replica.model_dump(include=set(ReplicaRow.model_fields)) for replica in admin.replicas],
+        }
 
     @router.post(
         "/experts",

@@ -54,7 +54,8 @@ class ServiceConfig(EngineConfig):
             before they are refused.
         generations: Folder in which the service keeps the generations of the bank that changes of the experts make;
             every rank must see it. None for one beside the bank, with its name and ``-generations``, where a
-            generation shares unchanged files with the bank by hard links. It belongs to one replica.
+            generation shares unchanged files with the bank by hard links. All replicas share it.
+        generations_poll_s: Seconds between two looks at what other replicas have made of the bank.
         metrics_interval_s: Seconds between two looks at what the ranks count.
         max_expert_labels: Most experts that metrics name; those of all others are added up as ``other``.
     """
@@ -82,6 +83,7 @@ class ServiceConfig(EngineConfig):
     rebuild_wait_s: NonNegativeFloat = 30.0
     standby: bool = False
     generations: Path | None = None
+    generations_poll_s: PositiveFloat = 1.0
     metrics_interval_s: PositiveFloat = 5.0
     max_expert_labels: NonNegativeInt = 512
 

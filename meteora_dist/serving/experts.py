@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from dataclasses import dataclass
 
 from meteora_dist.bank import Bank, BankEdit, BankManifest, ExpertEntry, NewExpert, edit_bank, preview
-from meteora_dist.errors import AdapterError, EngineUnavailable, MeteoraError, StaleGeneration
+from meteora_dist.errors import AdapterError, CheckpointError, EngineUnavailable, MeteoraError, StaleGeneration
 from meteora_dist.moe.balance import Demands, rebalanced
 from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.background import Background
@@ -15,6 +16,8 @@ from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.generations import Generations
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.world import World
+
+logger = logging.getLogger(__name__)
 
 _AGAIN_S = 1.0
 """Between two tries to retire a generation, when a rank is lost at the first."""
@@ -42,9 +45,10 @@ class ExpertStatus:
 class ExpertAdmin:
     """Changes the bank of a running service. Changes are made one after another, each whole or not at all.
 
-    A change makes the next generation of the bank. New requests use it as soon as all ranks have it; each request under
-    way finishes with its own. A generation that no request uses any more leaves the ranks, and the disk where it was
-    written here. A change that has begun is brought to its end even if the caller is cancelled.
+    A change makes the next generation of the bank, here and, once it is published, at every replica that shares it. New
+    requests use it as soon as all ranks have it; each request under way finishes with its own. A generation that no
+    request uses any more leaves the ranks. A change that has begun is brought to its end even if the caller is
+    cancelled.
     """
 
     def __init__(self, world: World, service: TextService, generations: Generations, bank: Bank) -> None:
@@ -53,7 +57,7 @@ class ExpertAdmin:
         Args:
             world: The ranks; they hold ``bank``.
             service: Gets a new catalog with every generation.
-            generations: Where they are kept.
+            generations: Where they are kept, for all replicas.
             bank: What is served now.
         """
         self._world = world
@@ -61,6 +65,7 @@ class ExpertAdmin:
         self._generations = generations
         self._newest = bank
         self._banks = {bank.manifest.generation: bank}
+        self._opening: tuple[int, ...] = ()
         self._editing = asyncio.Lock()
         self._background = Background()
 
@@ -68,6 +73,16 @@ class ExpertAdmin:
     def manifest(self) -> BankManifest:
         """Of the newest generation."""
         return self._newest.manifest
+
+    @property
+    def serving(self) -> int:
+        """Number of the newest generation."""
+        return self.manifest.generation
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """Numbers of the generations whose files are in use: ranks that are rebuilt read them again."""
+        return tuple(sorted({*self.live, *self._opening}))
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -86,10 +101,12 @@ class ExpertAdmin:
             The new generation, which new requests use from now on.
 
         Raises:
-            StaleGeneration: The newest generation is another one than ``expected``.
+            StaleGeneration: The newest generation is another one than ``expected``, or another replica has published
+                one meanwhile.
             InvalidRequest: There is an expert of that name.
             CheckpointError: Adapter or gate rows are damaged or do not fit, or files cannot be written.
-            EngineUnavailable: A rank was lost before all were ready. In each of these cases nothing has changed.
+            EngineUnavailable: A rank was lost before all were ready, or the newest generation of another replica cannot
+                be loaded here. In each of these cases nothing has changed.
         """
         return await self._background.finish(self._edit(BankEdit(add={name: expert}), expected))
 
@@ -114,16 +131,31 @@ class ExpertAdmin:
         return await asyncio.to_thread(self._check, self._newest, name, expert)
 
     async def rebalance(self) -> int:
-        """Moves experts to other groups, so that their loads since the ranks started are even.
+        """Moves experts to other groups, so that their loads since the ranks started are even; at every replica.
 
         Returns:
-            How many adapters have moved; 0 when it would gain too little, see ``meteora_dist.moe.balance``.
+            How many adapters have moved here; 0 when it would gain too little, see ``meteora_dist.moe.balance``.
 
         Raises:
-            CheckpointError: An adapter can no longer be read; nothing has changed.
+            CheckpointError: An adapter can no longer be read, and nothing has changed; or the others cannot be told.
             EngineUnavailable: A rank was lost before all were ready; nothing has changed.
         """
+        moved = await self.rebalance_here()
+        await asyncio.to_thread(self._generations.call_rebalance)
+        return moved
+
+    async def rebalance_here(self) -> int:
+        """As ``rebalance``, for this replica alone."""
         return await self._background.finish(self._rebalance())
+
+    async def follow(self) -> None:
+        """Serves the newest generation that a replica has published.
+
+        Raises:
+            CheckpointError: It cannot be read. The service is not ready, and goes on with what it has.
+            EngineUnavailable: A rank was lost before all were ready; likewise.
+        """
+        await self._background.finish(self._follow())
 
     async def list(self) -> tuple[ExpertStatus, ...]:
         """The experts of the newest generation, in its order; raises EngineUnavailable when a rank is lost."""
@@ -154,6 +186,7 @@ class ExpertAdmin:
 
     async def _edit(self, edit: BankEdit, expected: int | None) -> BankManifest:
         async with self._editing:
+            await self._catch_up_for_an_edit()
             before = self.manifest.generation
             if expected is not None and expected != before:
                 raise StaleGeneration(
@@ -164,26 +197,66 @@ class ExpertAdmin:
             for name, expert in {**edit.add, **edit.replace}.items():
                 await asyncio.to_thread(self._check, self._newest, name, expert)
             bank = await asyncio.to_thread(edit_bank, self._newest, edit, self._generations.place(before + 1))
-            await self._bring_in(bank)
-            self._newest, self._service.catalog = bank, Catalog(bank.manifest)
-            self._background.start(self._retire(before))
+            try:
+                await self._publish(bank)
+            except BaseException:
+                await asyncio.to_thread(self._generations.remove, bank.path)
+                raise
+            self._serve(bank)
             return bank.manifest
 
-    async def _bring_in(self, bank: Bank) -> None:
-        """Gives a generation to the ranks and keeps it for the next start; otherwise no trace of it remains."""
+    async def _publish(self, bank: Bank) -> None:
+        """Gives a generation to the ranks, then to all replicas; otherwise these ranks are as they were."""
+        await self._load(bank)
+        try:
+            await asyncio.to_thread(self._generations.publish, bank)
+        except MeteoraError:
+            await self._retire(bank.manifest.generation)
+            raise
+
+    async def _load(self, bank: Bank) -> None:
         number = bank.manifest.generation
         self._banks[number] = bank
         try:
             await self._world.change(lambda now: now.with_bank(bank))
         except BaseException:
             del self._banks[number]
-            await asyncio.to_thread(self._generations.remove, bank.path)
             raise
+
+    def _serve(self, bank: Bank) -> None:
+        """New requests use a generation that the ranks hold."""
+        before, self._newest = self.serving, bank
+        self._service.catalog, self._service.missing = Catalog(bank.manifest), None
+        self._background.start(self._retire(before))
+
+    async def _follow(self) -> None:
+        async with self._editing:
+            await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        published = await asyncio.to_thread(self._generations.newest)
+        if published <= self.serving:
+            return
+        self._opening = (published,)
         try:
-            await asyncio.to_thread(self._generations.keep, bank)
-        except MeteoraError:
-            await self._retire(number)
+            bank = await asyncio.to_thread(self._generations.open, published)
+            await self._load(bank)
+        except BaseException:
+            self._service.missing = published
             raise
+        finally:
+            self._opening = ()
+        self._serve(bank)
+
+    async def _catch_up_for_an_edit(self) -> None:
+        try:
+            await self._catch_up()
+        except CheckpointError as error:
+            logger.error("a change has to wait: %s", error)
+            raise EngineUnavailable(
+                f"this replica cannot load generation {self._service.missing} of the bank, which is the newest: "
+                "try again at another one"
+            ) from None
 
     async def _retire(self, number: int) -> None:
         """Drops a generation that new requests no longer use, after the last one that does."""
@@ -195,8 +268,7 @@ class ExpertAdmin:
                 # The next crew holds it as well.
                 await asyncio.sleep(_AGAIN_S)
                 continue
-            bank = self._banks.pop(number)
-            await asyncio.to_thread(self._generations.remove, bank.path)
+            del self._banks[number]
             return
 
     async def _rebalance(self) -> int:

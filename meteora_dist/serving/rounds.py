@@ -46,7 +46,7 @@ class Rounds:
         observer, recorder = self._service.observer, self._service.observer.recorder
         recorder.set(metrics.LIVE_REQUESTS, observer.live)
         recorder.set(metrics.WAITING_REQUESTS, self._service.admission.waiting)
-        recorder.set(metrics.READY, self._world.state == "serving")
+        recorder.set(metrics.READY, self._world.state == "serving" and self._service.missing is None)
         self._meter.losses(self._world.losses)
         if self._world.state != "serving":
             return

@@ -28,6 +28,7 @@ from meteora_dist.serving.ranks import RankActor
 from meteora_dist.serving.ray_metrics import RayRecorder
 from meteora_dist.serving.rounds import Rounds
 from meteora_dist.serving.service import TextService
+from meteora_dist.serving.sharing import Sharing
 from meteora_dist.serving.sources import Sources
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.world import World
@@ -56,15 +57,19 @@ class Server(AdminMethods, HealthMethods):
         """
         log_json(sys.stderr)
         gate, sources = Gate.of(config), Sources(config.expert_roots)
-        bank, tokenizer = await asyncio.to_thread(open_model, config)
+        observer = Observer(RayRecorder())
         generations = Generations(config.bank, config.generations_folder)
-        await asyncio.to_thread(generations.tidy)
+        if config.expert_roots:
+            await asyncio.to_thread(generations.make_folder)
+        self._sharing = Sharing(generations, config.generations_poll_s, observer.recorder)
+        bank = await self._sharing.join()
+        tokenizer = await asyncio.to_thread(open_tokenizer, config, bank)
         residency = Residency.of(bank, config.ep)
         self._world = await World.launch(config, residency, get_current_placement_group(), self.member)
-        observer = Observer(RayRecorder())
         self.service = TextService(self._world, tokenizer, Catalog(bank.manifest), config.limits, gate, observer)
         self.experts = ExpertAdmin(self._world, self.service, generations, bank)
-        self.admin = AdminService(self.experts, sources)
+        self._sharing.serve(self.experts)
+        self.admin = AdminService(self.experts, self._sharing, sources)
         meter = RankMeter(observer.recorder, config.mesh, config.max_expert_labels)
         self._rounds = Rounds(self._world, self.service, meter, self._serving, config.metrics_interval_s)
         self._rounds.start()
@@ -74,7 +79,8 @@ class Server(AdminMethods, HealthMethods):
         return create_api(self.service, self.admin)
 
     def _serving(self) -> Serving:
-        return Serving(self.experts.manifest, self._world.residency)
+        newest = max(self._sharing.published, self.experts.serving)
+        return Serving(self.experts.manifest, newest, self._world.residency)
 
     async def check_health(self) -> None:
         """Raises when lost ranks could not be rebuilt, with the cause: Serve then replaces this replica."""
@@ -96,5 +102,10 @@ def open_model(config: ServiceConfig) -> tuple[Bank, TextTokenizer]:
         CheckpointError: One of them cannot be used.
     """
     bank = Generations(config.bank, config.generations_folder).open()
+    return bank, open_tokenizer(config, bank)
+
+
+def open_tokenizer(config: ServiceConfig, bank: Bank) -> TextTokenizer:
+    """The tokenizer of the base model, which must be that of the bank; raises CheckpointError."""
     bank.check_base(config.model)
-    return bank, TextTokenizer.open(config.model)
+    return TextTokenizer.open(config.model)

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from uuid import uuid4
 
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
-from meteora_dist.errors import InvalidRequest, PromptTooLong, RequestExpired
+from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong, RequestExpired
 from meteora_dist.observability.calls import Call, Observer, current_call
 from meteora_dist.serving.admission import Admission
 from meteora_dist.serving.catalog import Catalog
@@ -89,6 +89,7 @@ class TextService:
         limits: What a request may ask for.
         gate: What calls pass before they come here.
         admission: Where they wait for the engine.
+        missing: The newest bank generation, while it could not be loaded here; calls then use the one before.
         requests: How many calls have chosen each expert by name or in a blend.
         observer: Watches them.
     """
@@ -103,6 +104,7 @@ class TextService:
         observer: Observer | None = None,
     ) -> None:
         self.catalog = catalog
+        self.missing: int | None = None
         self.observer = observer or Observer()
         self.limits = limits
         self.gate = gate
@@ -113,9 +115,13 @@ class TextService:
         self._grammars = GrammarCheck()
 
     def check(self) -> None:
-        """Raises EngineUnavailable when no request can be answered."""
+        """Raises EngineUnavailable when no request can be answered, or not as other replicas answer it."""
         self.gate.check()
         self._engine.check()
+        if self.missing is not None:
+            raise EngineUnavailable(
+                f"this replica could not load generation {self.missing} of the bank, and tries again: ask another one"
+            )
 
     async def prepare(self, request: TextRequest, caller: Caller) -> Prepared:
         """Checks and tokenizes a call.

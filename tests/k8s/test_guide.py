@@ -35,7 +35,8 @@ def test_rendered_manifests_can_be_checked(overlay: Overlay) -> None:
 def test_the_table_of_time_limits(overlay: Overlay) -> None:
     limits = {where: value for value, where in re.findall(r"^\| .* \| ([\d. /s]+) \| (.*) \|$", TEXT, re.MULTILINE)}
     service = overlay.serve.service
-    for field in ("max_request_s", "drain_s", "start_timeout_s", "stall_timeout_s", "rebuild_wait_s"):
+    fields = ("max_request_s", "drain_s", "start_timeout_s", "stall_timeout_s", "rebuild_wait_s", "generations_poll_s")
+    for field in fields:
         assert limits[f"`{field}`"] == f"{getattr(service, field):g} s"
     assert limits["`heartbeat_s + heartbeat_timeout_s`"] == f"{service.heartbeat_s + service.heartbeat_timeout_s:g} s"
     spec = overlay.service["spec"]

@@ -236,12 +236,23 @@ def secrets_of_the_guide() -> dict[str, str]:
     return dict(re.findall(r"kubectl -n meteora create secret generic (\S+) \\?\n? *--from-\w+=(\w[\w.-]*)", GUIDE))
 
 
-def test_only_a_single_replica_takes_experts(overlay: Overlay) -> None:
-    alone = overlay.name == "gpu"
-    assert bool(overlay.serve.service.expert_roots) == alone
-    # Replicas remove what they do not know from this folder.
-    beside = overlay.serve.service.generations_folder.is_relative_to("/banks")
-    assert beside == alone
+def test_replicas_that_take_experts_share_a_volume_for_them(overlay: Overlay) -> None:
+    service, spec = overlay.serve.service, overlay.worker["spec"]
+    assert bool(service.expert_roots) == (overlay.name != "cpu-demo")
+    if not service.expert_roots:
+        assert "autoscaling_config" not in overlay.serve.overrides
+        return
+    (container,) = spec["containers"]
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/banks"]
+    assert not mount.get("readOnly")
+    for folder in (service.bank, service.generations_folder, *service.expert_roots):
+        assert folder.is_relative_to(mount["mountPath"])
+    # Generations that follow from another bank are another folder.
+    assert service.generations_folder == service.bank.with_name(f"{service.bank.name}-generations")
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == mount["name"]]
+    assert not volume["persistentVolumeClaim"].get("readOnly")
+    claims = {item["metadata"]["name"]: item["spec"] for item in overlay.of("PersistentVolumeClaim")}
+    assert claims[volume["persistentVolumeClaim"]["claimName"]]["accessModes"] == ["ReadWriteMany"]
 
 
 def ports(spec: Manifest) -> dict[str, int]:

@@ -15,7 +15,7 @@ from meteora_dist.serving.status import STATUS_OF
 
 def test_names_are_ours_unique_and_plain() -> None:
     names = [metric.name for metric in METRICS]
-    assert len(set(names)) == len(names) == 24
+    assert len(set(names)) == len(names) == 26
     assert all(re.fullmatch(r"meteora_[a-z_]+[a-z]", name) for name in names)
     # Prometheus' own endings would come twice.
     assert not any(name.endswith(("_total", "_count", "_sum", "_bucket")) for name in names)

@@ -42,7 +42,7 @@ def serving(names: str = "abc", owners: tuple[tuple[int, ...], ...] = ((0,), (0,
     experts = tuple(SimpleNamespace(name=name, digest=f"digest-{name}") for name in names)
     manifest: Any = SimpleNamespace(generation=7, experts=experts)
     roster = roster_of({7: [expert.digest for expert in experts]})
-    return Serving(manifest, Residency(roster, Placement(owners, 2), {7: Path("bank")}))
+    return Serving(manifest, 9, Residency(roster, Placement(owners, 2), {7: Path("bank")}))
 
 
 def uses(a: int, b: int, c: int) -> dict[str, int]:
@@ -89,6 +89,7 @@ def test_every_rank_has_its_queue_cache_bytes_and_exchanges() -> None:
     assert record.value(metrics.EXCHANGE_BYTES, rank="1", kind="dispatch") == 300
     assert record.value(metrics.EXCHANGE_SECONDS, rank="0", kind="dispatch") == pytest.approx(1.5)
     assert record.value(metrics.BANK_GENERATION) == 7
+    assert record.value(metrics.BANK_NEWEST_GENERATION) == 9
     assert record.value(metrics.BANK_EXPERTS) == 3
 
 
@@ -112,7 +113,7 @@ def test_an_expert_that_is_replaced_keeps_its_name_and_its_count() -> None:
     watch.look([counted({"digest-a": 8}), counted({})], serving("ab", ((0,), (1,))))
     after: Any = SimpleNamespace(generation=8, experts=(SimpleNamespace(name="a", digest="new"),))
     roster = roster_of({7: ["digest-a"], 8: ["new"]})
-    now = Serving(after, Residency(roster, Placement(((0,), (1,)), 2), {}))
+    now = Serving(after, 9, Residency(roster, Placement(((0,), (1,)), 2), {}))
     watch.look([counted({"digest-a": 10, "new": 6}), counted({})], now)
     assert record.value(metrics.EXPERT_TOKENS, expert="a") == 4 + 1 + 3
     assert record.value(metrics.BANK_LIVE_GENERATIONS) == 2

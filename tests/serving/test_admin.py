@@ -8,10 +8,8 @@ import os
 import pickle
 import shutil
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,68 +22,23 @@ from schemathesis import Case
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
-from meteora_dist.engine.report import RankReport
-from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import InvalidRequest
-from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.admin import AdminService
 from meteora_dist.serving.admin_grpc import AdminMethods
-from meteora_dist.serving.catalog import Catalog
-from meteora_dist.serving.config import ServiceConfig
-from meteora_dist.serving.crew import Blueprint
-from meteora_dist.serving.experts import ExpertAdmin
 from meteora_dist.serving.gate import Gate
-from meteora_dist.serving.generations import Generations
 from meteora_dist.serving.grpc_api import CallFailed
 from meteora_dist.serving.http_api import create_api
 from meteora_dist.serving.keys import Keyring, key_digest
-from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.proto.meteora.v1 import admin_pb2 as pb
-from meteora_dist.serving.service import TextService
 from meteora_dist.serving.sources import Sources
 from meteora_dist.serving.tokenizer import TextTokenizer
-from meteora_dist.serving.uses import Uses
 from tests.serving.asking import Context
 from tests.serving.conformance.schemes import fuzz
+from tests.serving.lone import lone_replica
 from tests.support.tiny import Spec, write_adapter
 
 ADMIN = {"Authorization": "Bearer the-admin"}
 USER = {"Authorization": "Bearer a-user"}
-CHANGES = count(1)
-"""Numbers of the changes that the one engine of this module is told to make."""
-
-
-class LoneWorld:
-    """A world of one engine in this process."""
-
-    state = "serving"
-
-    def __init__(self, engine: RankEngine, config: ServiceConfig, residency: Residency) -> None:
-        self.engine, self.residency, self.uses = engine, residency, Uses()
-        self.blueprint = Blueprint(config, residency)
-
-    def check(self) -> None:
-        self.engine.check()
-
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        async for event in self.engine.generate(request):
-            yield event
-
-    def using(self, generation: int) -> AbstractContextManager[None]:
-        return self.uses.of(generation)
-
-    async def unused(self, generation: int) -> None:
-        await self.uses.none(generation)
-
-    async def change(self, step: Callable[[Residency], Residency]) -> None:
-        then = step(self.residency)
-        number = next(CHANGES)
-        await asyncio.to_thread(self.engine.prepare, number, then)
-        await asyncio.to_thread(self.engine.commit, number)
-        self.residency = then
-
-    async def reports(self) -> list[RankReport]:
-        return [self.engine.report()]
 
 
 @dataclass
@@ -146,28 +99,26 @@ def root(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def site(
-    engine: RankEngine, tiny_base: Path, tiny_bank: Bank, tokenizer: TextTokenizer, root: Path, tmp_path: Path
+    engine: RankEngine, tiny_bank: Bank, tokenizer: TextTokenizer, root: Path, tmp_path: Path
 ) -> AsyncIterator[Site]:
     keys = tmp_path / "keys.yaml"
     callers = (("boss", "the-admin", "admin"), ("app", "a-user", "user"))
     keys.write_text(json.dumps([{"name": n, "sha256": key_digest(k), "role": r} for n, k, r in callers]))
-    config = ServiceConfig(model=tiny_base, bank=tiny_bank.path, access="open")
-    residency = engine.routed.holdings.residency
-    world: Any = LoneWorld(engine, config, residency)
-    bank = engine.routed.holdings.banks[residency.roster.newest]
-    service = TextService(world, tokenizer, Catalog(bank.manifest), Limits(128), Gate(Keyring(keys)))
-    experts = ExpertAdmin(world, service, Generations(bank.path, tmp_path / "generations"), bank)
-    methods = AdminMethods()
-    methods.service, methods.admin = service, AdminService(experts, Sources((root,)))
-    transport = httpx.ASGITransport(create_api(service, methods.admin), raise_app_exceptions=False)
-    site = Site(root, httpx.AsyncClient(transport=transport, base_url="http://test"), methods)
-    yield site
-    for name in ("new", "more"):
-        if name in await site.names():
-            await site.http.delete(f"/admin/experts/{name}", headers=ADMIN)
-    async with asyncio.timeout(20):
-        while len(experts.live) > 1:
-            await asyncio.sleep(0.01)
+    async with lone_replica(
+        engine, tiny_bank.path, tmp_path / "generations", tokenizer, Gate(Keyring(keys))
+    ) as replica:
+        methods = AdminMethods()
+        methods.service = replica.service
+        methods.admin = AdminService(replica.experts, replica.sharing, Sources((root,)))
+        transport = httpx.ASGITransport(create_api(replica.service, methods.admin), raise_app_exceptions=False)
+        site = Site(root, httpx.AsyncClient(transport=transport, base_url="http://test"), methods)
+        yield site
+        for name in ("new", "more"):
+            if name in await site.names():
+                await site.http.delete(f"/admin/experts/{name}", headers=ADMIN)
+        async with asyncio.timeout(20):
+            while len(replica.experts.live) > 1:
+                await asyncio.sleep(0.01)
 
 
 async def answer(site: Site, model: str) -> str:
@@ -201,6 +152,9 @@ async def test_grpc_does_the_same(site: Site) -> None:
     described = await site.methods.DescribeExperts(pb.DescribeExpertsRequest(), context)
     over_http = (await site.http.get("/admin/experts", headers=ADMIN)).json()
     assert described.generation == over_http["generation"] == before + 2
+    (me,) = over_http["replicas"]
+    assert (me["generation"], me["state"]) == (before + 2, "serving")
+    assert [(one.replica, one.generation, one.state) for one in described.replicas] == [tuple(me.values())]
     for one, same in zip(described.experts, over_http["experts"], strict=True):
         assert {
             name: getattr(one, name) for name in ("name", "digest", "gate", "resident_bytes", "requests", "routed")

@@ -18,14 +18,16 @@ from meteora_dist.engine.request import GenerationRequest, Sampling
 from meteora_dist.errors import BankError, EngineUnavailable, ExpertNotFound, InvalidRequest, StaleGeneration
 from meteora_dist.moe.placement import Placement
 from meteora_dist.moe.residency import Residency
+from meteora_dist.observability.metrics import Nowhere
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.experts import ExpertAdmin
 from meteora_dist.serving.gate import Gate
-from meteora_dist.serving.generations import NEWEST_FILE, Generations
+from meteora_dist.serving.generations import Generations
 from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.server import open_model
 from meteora_dist.serving.service import TextService
+from meteora_dist.serving.sharing import Sharing
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.world import World
 from tests.serving.counting import CountingRank
@@ -85,6 +87,7 @@ class Setting:
         gate = Gate(None, anonymous=True)
         self.service = TextService(world, tokenizer, Catalog(bank.manifest), Limits(64, max_live_requests=8), gate)
         self.generations = Generations(configured, folder)
+        self.sharing = Sharing(self.generations, 0.02, Nowhere())
         self.admin = ExpertAdmin(world, self.service, self.generations, bank)
 
     @property
@@ -93,7 +96,8 @@ class Setting:
 
     @property
     def kept(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("*"))
+        """Names of all generations that are there, finished or not."""
+        return sorted(path.name for path in self.folder.glob("*generation-*"))
 
     async def settled(self, *live: int) -> None:
         """Returns once these generations, and no others, are on the ranks and on the disk."""
@@ -106,10 +110,13 @@ class Setting:
 @pytest_asyncio.fixture(loop_scope="module")
 async def setting(world: World, tokenizer: TextTokenizer, tiny_bank: Bank, tmp_path: Path) -> AsyncIterator[Setting]:
     setting = Setting(world, tokenizer, tiny_bank.path, tmp_path / "kept")
+    await setting.sharing.join()
+    setting.sharing.serve(setting.admin)
     yield setting
     if "extra" in setting.names:
         await setting.admin.remove("extra")
     await setting.settled(setting.admin.manifest.generation)
+    setting.sharing.stop()
 
 
 def request(tokens: int = 60) -> GenerationRequest:
@@ -258,12 +265,12 @@ async def test_a_restart_finds_the_newest_generation(
 ) -> None:
     added = await setting.admin.add("extra", extra)
     await setting.settled(added.generation)
-    after_restart = Generations(tiny_bank.path, setting.folder)
     config = ServiceConfig(model=tiny_base, bank=tiny_bank.path, generations=setting.folder)
-    (setting.folder / "generation-99" / "experts").mkdir(parents=True)
-    (setting.folder / ".generation-99.x").mkdir()
-    after_restart.tidy()
-    assert setting.kept == [f"generation-{added.generation}", NEWEST_FILE]
+    # Of a replica that ended while it wrote one, and while it gave another to its ranks.
+    (setting.folder / ".generation-99-gone-1.x").mkdir()
+    (setting.folder / "generation-98-gone-1" / "experts").mkdir(parents=True)
+    await setting.settled(added.generation)
+    assert setting.kept == [setting.generations.place(added.generation).name]
     assert open_model(config)[0].manifest == added
     removed = await setting.admin.remove("extra")
     assert open_model(config)[0].manifest == removed
@@ -275,9 +282,9 @@ async def test_a_generation_that_cannot_be_kept_is_taken_back(
     before = await held(setting.world)
 
     def full(bank: Bank) -> None:
-        raise BankError(setting.folder / NEWEST_FILE, "cannot be written (no space left)")
+        raise BankError(setting.folder, "cannot be written (no space left)")
 
-    monkeypatch.setattr(setting.generations, "keep", full)
+    monkeypatch.setattr(setting.generations, "publish", full)
     with pytest.raises(BankError, match="no space left"):
         await setting.admin.add("extra", extra)
     assert await held(setting.world) == before
@@ -303,12 +310,11 @@ async def test_generations_of_another_bank_are_refused(setting: Setting, tiny_ba
     other = tmp_path / "other"
     other.mkdir()
     (other / "bank.json").write_text((tiny_bank.path / "bank.json").read_text() + "\n")
-    setting.folder.mkdir()
-    setting.generations.keep(tiny_bank)
-    with pytest.raises(BankError, match=r"newest.json: generation 1 follows from .* remove .*kept to start from"):
+    setting.generations.publish(tiny_bank)
+    with pytest.raises(BankError, match=r"generation 1 follows from .* remove .*kept to start from"):
         Generations(other, setting.folder).open()
-    (setting.folder / NEWEST_FILE).write_text("{}")
-    with pytest.raises(BankError, match="must have two fields"):
+    (setting.folder / "published-1" / "record.json").write_text("{}")
+    with pytest.raises(BankError, match="must have `folder`, a name, and `follows`"):
         setting.generations.open()
 
 
@@ -317,7 +323,6 @@ async def test_without_generations_the_configured_bank_is_served(tiny_bank: Bank
         f"{tiny_bank.path}-generations"
     )
     generations = Generations(tiny_bank.path, tmp_path / "none")
-    generations.tidy()
     assert generations.open() == Bank.open(tiny_bank.path)
     generations.remove(tiny_bank.path)
     assert tiny_bank.path.exists()

@@ -17,6 +17,7 @@ from meteora_cluster.local import local_ray
 from meteora_dist.bank import Bank, NewExpert
 from meteora_dist.engine.request import GenerationRequest, Sampling
 from meteora_dist.moe.residency import Residency
+from meteora_dist.observability.metrics import Nowhere
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.experts import ExpertAdmin
@@ -27,6 +28,7 @@ from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.request import TextRequest
 from meteora_dist.serving.selection import select
 from meteora_dist.serving.service import TextService
+from meteora_dist.serving.sharing import Sharing
 from meteora_dist.serving.tokenizer import TextTokenizer
 from meteora_dist.serving.world import World
 from tests.support.tiny import SPECS, Spec, write_adapter
@@ -101,13 +103,18 @@ async def serving(base: Path, bank: Bank, kept: Path, **mesh: int) -> AsyncItera
         **mesh,
     )
     world = await World.launch(config, Residency.of(bank, config.ep))
+    sharing = Sharing(Generations(bank.path, kept), 0.02, Nowhere())
     try:
+        await sharing.join()
         gate = Gate(None, anonymous=True)
         service = TextService(
             world, TextTokenizer.open(base), Catalog(bank.manifest), Limits(512, max_live_requests=64), gate
         )
-        yield Served(world, service, ExpertAdmin(world, service, Generations(bank.path, kept), bank), kept)
+        admin = ExpertAdmin(world, service, sharing.generations, bank)
+        sharing.serve(admin)
+        yield Served(world, service, admin, kept)
     finally:
+        sharing.stop()
         world.stop()
 
 

@@ -44,9 +44,9 @@ class Ranks:
 
 def rounds(ranks: Any, bank: Bank, interval_s: float = 0.01) -> tuple[Rounds, MemoryRecorder]:
     record = MemoryRecorder()
-    serving = Serving(bank.manifest, Residency.of(bank, 1))
+    serving = Serving(bank.manifest, 9, Residency.of(bank, 1))
     meter = RankMeter(record, Mesh(), 9)
-    service: Any = SimpleNamespace(observer=Observer(record), admission=SimpleNamespace(waiting=3))
+    service: Any = SimpleNamespace(observer=Observer(record), admission=SimpleNamespace(waiting=3), missing=None)
     return Rounds(ranks, service, meter, lambda: serving, interval_s), record
 
 
@@ -61,6 +61,14 @@ async def test_a_round_writes_what_the_ranks_say(tiny_bank: Bank) -> None:
     ranks.state, ranks.losses = "rebuilding", Losses(lost=1)
     await going.one()
     assert (record.value(metrics.READY), record.value(metrics.RANK_LOSSES)) == (0, 1)
+
+
+async def test_a_replica_that_cannot_load_the_newest_generation_is_not_ready(tiny_bank: Bank) -> None:
+    going, record = rounds(Ranks([REPORT]), tiny_bank)
+    going._service.missing = 9
+    await going.one()
+    assert record.value(metrics.READY) == 0
+    assert (record.value(metrics.BANK_GENERATION), record.value(metrics.BANK_NEWEST_GENERATION)) == (1, 9)
 
 
 @pytest.mark.parametrize("trouble", [EngineUnavailable("lost"), None, RuntimeError("a bug")])

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16meteora/v1/admin.proto\x12\nmeteora.v1\"Y\n\x10PutExpertRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x17\n\ngeneration\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\r\n\x0b_generation\"K\n\x13RemoveExpertRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\ngeneration\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\r\n\x0b_generation\"1\n\nBankChange\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\t\"\xd7\x01\n\x11\x45xpertDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\r\n\x05\x61lpha\x18\x04 \x01(\x01\x12\x0e\n\x06rslora\x18\x05 \x01(\x08\x12\x0f\n\x07targets\x18\x06 \x03(\t\x12\x0c\n\x04gate\x18\x07 \x01(\t\x12\x0e\n\x06groups\x18\x08 \x03(\x05\x12\x16\n\x0eresident_bytes\x18\t \x01(\x03\x12\x10\n\x08requests\x18\n \x01(\x03\x12\x0e\n\x06routed\x18\x0b \x01(\x03\x12\x0e\n\x06router\x18\x0c \x01(\t\"\x18\n\x16\x44\x65scribeExpertsRequest\"]\n\x17\x44\x65scribeExpertsResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12.\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x1d.meteora.v1.ExpertDescription\"\x12\n\x10RebalanceRequest\"\"\n\x11RebalanceResponse\x12\r\n\x05moved\x18\x01 \x01(\x05\x32\xcf\x03\n\x05\x41\x64min\x12\x41\n\tAddExpert\x12\x1c.meteora.v1.PutExpertRequest\x1a\x16.meteora.v1.BankChange\x12\x45\n\rReplaceExpert\x12\x1c.meteora.v1.PutExpertRequest\x1a\x16.meteora.v1.BankChange\x12G\n\x0cRemoveExpert\x12\x1f.meteora.v1.RemoveExpertRequest\x1a\x16.meteora.v1.BankChange\x12M\n\x0eValidateExpert\x12\x1c.meteora.v1.PutExpertRequest\x1a\x1d.meteora.v1.ExpertDescription\x12Z\n\x0f\x44\x65scribeExperts\x12\".meteora.v1.DescribeExpertsRequest\x1a#.meteora.v1.DescribeExpertsResponse\x12H\n\tRebalance\x12\x1c.meteora.v1.RebalanceRequest\x1a\x1d.meteora.v1.RebalanceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16meteora/v1/admin.proto\x12\nmeteora.v1\"Y\n\x10PutExpertRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x17\n\ngeneration\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\r\n\x0b_generation\"K\n\x13RemoveExpertRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\ngeneration\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\r\n\x0b_generation\"1\n\nBankChange\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\t\"\xd7\x01\n\x11\x45xpertDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\r\n\x05\x61lpha\x18\x04 \x01(\x01\x12\x0e\n\x06rslora\x18\x05 \x01(\x08\x12\x0f\n\x07targets\x18\x06 \x03(\t\x12\x0c\n\x04gate\x18\x07 \x01(\t\x12\x0e\n\x06groups\x18\x08 \x03(\x05\x12\x16\n\x0eresident_bytes\x18\t \x01(\x03\x12\x10\n\x08requests\x18\n \x01(\x03\x12\x0e\n\x06routed\x18\x0b \x01(\x03\x12\x0e\n\x06router\x18\x0c \x01(\t\"\x18\n\x16\x44\x65scribeExpertsRequest\"\x8f\x01\n\x17\x44\x65scribeExpertsResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12.\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x1d.meteora.v1.ExpertDescription\x12\x30\n\x08replicas\x18\x03 \x03(\x0b\x32\x1e.meteora.v1.ReplicaDescription\"H\n\x12ReplicaDescription\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\r\n\x05state\x18\x03 \x01(\t\"\x12\n\x10RebalanceRequest\"\"\n\x11RebalanceResponse\x12\r\n\x05moved\x18\x01 \x01(\x05\x32\xcf\x03\n\x05\x41\x64min\x12\x41\n\tAddExpert\x12\x1c.meteora.v1.PutExpertRequest\x1a\x16.meteora.v1.BankChange\x12\x45\n\rReplaceExpert\x12\x1c.meteora.v1.PutExpertRequest\x1a\x16.meteora.v1.BankChange\x12G\n\x0cRemoveExpert\x12\x1f.meteora.v1.RemoveExpertRequest\x1a\x16.meteora.v1.BankChange\x12M\n\x0eValidateExpert\x12\x1c.meteora.v1.PutExpertRequest\x1a\x1d.meteora.v1.ExpertDescription\x12Z\n\x0f\x44\x65scribeExperts\x12\".meteora.v1.DescribeExpertsRequest\x1a#.meteora.v1.DescribeExpertsResponse\x12H\n\tRebalance\x12\x1c.meteora.v1.RebalanceRequest\x1a\x1d.meteora.v1.RebalanceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,12 +42,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERTDESCRIPTION']._serialized_end=473
   _globals['_DESCRIBEEXPERTSREQUEST']._serialized_start=475
   _globals['_DESCRIBEEXPERTSREQUEST']._serialized_end=499
-  _globals['_DESCRIBEEXPERTSRESPONSE']._serialized_start=501
-  _globals['_DESCRIBEEXPERTSRESPONSE']._serialized_end=594
-  _globals['_REBALANCEREQUEST']._serialized_start=596
-  _globals['_REBALANCEREQUEST']._serialized_end=614
-  _globals['_REBALANCERESPONSE']._serialized_start=616
-  _globals['_REBALANCERESPONSE']._serialized_end=650
-  _globals['_ADMIN']._serialized_start=653
-  _globals['_ADMIN']._serialized_end=1116
+  _globals['_DESCRIBEEXPERTSRESPONSE']._serialized_start=502
+  _globals['_DESCRIBEEXPERTSRESPONSE']._serialized_end=645
+  _globals['_REPLICADESCRIPTION']._serialized_start=647
+  _globals['_REPLICADESCRIPTION']._serialized_end=719
+  _globals['_REBALANCEREQUEST']._serialized_start=721
+  _globals['_REBALANCEREQUEST']._serialized_end=739
+  _globals['_REBALANCERESPONSE']._serialized_start=741
+  _globals['_REBALANCERESPONSE']._serialized_end=775
+  _globals['_ADMIN']._serialized_start=778
+  _globals['_ADMIN']._serialized_end=1241
 # @@protoc_insertion_point(module_scope)

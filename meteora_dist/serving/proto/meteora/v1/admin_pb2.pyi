@@ -66,12 +66,24 @@ class DescribeExpertsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeExpertsResponse(_message.Message):
-    __slots__ = ("generation", "experts")
+    __slots__ = ("generation", "experts", "replicas")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     experts: _containers.RepeatedCompositeFieldContainer[ExpertDescription]
-    def __init__(self, generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertDescription, _Mapping]]] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaDescription]
+    def __init__(self, generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertDescription, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaDescription, _Mapping]]] = ...) -> None: ...
+
+class ReplicaDescription(_message.Message):
+    __slots__ = ("replica", "generation", "state")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    generation: int
+    state: str
+    def __init__(self, replica: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
 
 class RebalanceRequest(_message.Message):
     __slots__ = ()

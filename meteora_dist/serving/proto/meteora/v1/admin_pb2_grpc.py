@@ -106,7 +106,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Rebalance(self, request, context):
-        """Moves experts to other groups of ranks, so that the groups' loads are even.
+        """Moves experts to other groups of ranks, so that the groups' loads are even: at every replica, by its own loads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
