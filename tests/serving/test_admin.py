@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import pickle
-import shutil
-import struct
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
-from hypothesis import strategies as st
-from schemathesis import Case
 
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.errors import InvalidRequest
-from meteora_dist.serving.admin import AdminService
-from meteora_dist.serving.admin_grpc import AdminMethods
-from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import CallFailed
-from meteora_dist.serving.http_api import create_api
-from meteora_dist.serving.keys import Keyring, key_digest
 from meteora_dist.serving.proto.meteora.v1 import admin_pb2 as pb
 from meteora_dist.serving.sources import Sources
 from meteora_dist.serving.tokenizer import TextTokenizer
+from tests.serving.administered import ADMIN, USER, Site, administered, write_adapters
 from tests.serving.asking import Context
-from tests.serving.conformance.schemes import fuzz
-from tests.serving.lone import lone_replica
-from tests.support.tiny import Spec, write_adapter
-
-ADMIN = {"Authorization": "Bearer the-admin"}
-USER = {"Authorization": "Bearer a-user"}
-
-
-@dataclass
-class Site:
-    """A service with administrators, and the folder their adapters come from."""
-
-    root: Path
-    http: httpx.AsyncClient
-    methods: AdminMethods
-
-    async def names(self) -> list[str]:
-        models = (await self.http.get("/v1/models", headers=ADMIN)).json()["data"]
-        return [model["id"] for model in models][3:]
-
-    async def generation(self) -> int:
-        return int((await self.http.get("/admin/experts", headers=ADMIN)).json()["generation"])
-
-    async def add(self, name: str, adapter: str, **more: Any) -> httpx.Response:
-        return await self.http.post("/admin/experts", headers=ADMIN, json={"name": name, "adapter": adapter, **more})
 
 
 @pytest.fixture(scope="module")
@@ -69,56 +30,15 @@ def engine(tiny_base: Path, tiny_bank: Bank) -> Iterator[RankEngine]:
 
 @pytest.fixture(scope="module")
 def root(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters below it: good ones, and all kinds of bad ones."""
-    root = tmp_path_factory.mktemp("experts")
-    good = write_adapter(tiny_base, root / "team" / "good", Spec(3, 6), seed=41)
-    write_adapter(tiny_base, root / "other", Spec(2, 4), seed=42)
-    for kind in ("pickled", "lying", "truncated", "dora"):
-        shutil.copytree(good, root / kind)
-    (root / "pickled" / "adapter_model.safetensors").write_bytes(pickle.dumps({"evil": os.getcwd}))
-    weights = (root / "lying" / "adapter_model.safetensors").read_bytes()
-    length = struct.unpack("<Q", weights[:8])[0]
-    header = json.loads(weights[8 : 8 + length])
-    first = next(name for name in header if name != "__metadata__")
-    header[first]["data_offsets"][1] += 4096
-    lie = json.dumps(header).encode().ljust(length)
-    (root / "lying" / "adapter_model.safetensors").write_bytes(
-        struct.pack("<Q", len(lie)) + lie + weights[8 + length :]
-    )
-    (root / "truncated" / "adapter_model.safetensors").write_bytes(weights[:-100])
-    config = json.loads((root / "dora" / "adapter_config.json").read_text())
-    (root / "dora" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    outside = shutil.copytree(good, tmp_path_factory.mktemp("outside") / "secret")
-    (root / "link").symlink_to(outside)
-    (root / "linked-file").mkdir()
-    shutil.copyfile(good / "adapter_config.json", root / "linked-file" / "adapter_config.json")
-    (root / "linked-file" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
-    (root / "inner-link").symlink_to(root / "team" / "good")
-    return root
+    return write_adapters(tiny_base, tmp_path_factory.mktemp("experts"), tmp_path_factory.mktemp("outside"))
 
 
 @pytest.fixture
 async def site(
     engine: RankEngine, tiny_bank: Bank, tokenizer: TextTokenizer, root: Path, tmp_path: Path
 ) -> AsyncIterator[Site]:
-    keys = tmp_path / "keys.yaml"
-    callers = (("boss", "the-admin", "admin"), ("app", "a-user", "user"))
-    keys.write_text(json.dumps([{"name": n, "sha256": key_digest(k), "role": r} for n, k, r in callers]))
-    async with lone_replica(
-        engine, tiny_bank.path, tmp_path / "generations", tokenizer, Gate(Keyring(keys))
-    ) as replica:
-        methods = AdminMethods()
-        methods.service = replica.service
-        methods.admin = AdminService(replica.experts, replica.sharing, Sources((root,)))
-        transport = httpx.ASGITransport(create_api(replica.service, methods.admin), raise_app_exceptions=False)
-        site = Site(root, httpx.AsyncClient(transport=transport, base_url="http://test"), methods)
+    async with administered(engine, tiny_bank.path, tokenizer, root, tmp_path) as site:
         yield site
-        for name in ("new", "more"):
-            if name in await site.names():
-                await site.http.delete(f"/admin/experts/{name}", headers=ADMIN)
-        async with asyncio.timeout(20):
-            while len(replica.experts.live) > 1:
-                await asyncio.sleep(0.01)
 
 
 async def answer(site: Site, model: str) -> str:
@@ -278,21 +198,3 @@ async def test_a_service_without_roots_takes_none() -> None:
         Sources(()).expert("x")
     with pytest.raises(InvalidRequest, match="there is no folder /no/such/root"):
         Sources((Path("/no/such/root"),))
-
-
-async def test_no_request_breaks_the_administration(site: Site, engine: RankEngine) -> None:
-    def steer(draw: st.DrawFn, case: Case) -> None:
-        if isinstance(case.body, dict):
-            names = {"name": draw(st.sampled_from(["new", "more", "plain"]))} if "name" in case.body else {}
-            case.body = {"adapter": draw(st.sampled_from(["team/good", "other", "lying", "../x", "dora"]))} | names
-        if "name" in case.path_parameters:
-            case.path_parameters = {"name": draw(st.sampled_from(["new", "more", "nobody", "a b"]))}
-
-    before = await answer(site, "plain")
-    operations = ("listExperts", "addExpert", "validateExpert", "replaceExpert", "removeExpert", "rebalance")
-    api = create_api(site.methods.service, site.methods.admin)
-    seen = await asyncio.to_thread(fuzz, api, dict.fromkeys(operations, 6), steer, ADMIN)
-    assert min(seen[200] + seen[201], seen[400], seen[404]) >= 3, seen
-    assert await answer(site, "plain") == before
-    bad = await site.http.delete("/admin/experts/new?generation=soon", headers=ADMIN)
-    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "generation")

@@ -74,16 +74,28 @@ _TAME: dict[str, st.SearchStrategy[Any]] = {
     **{"role": st.sampled_from(["system", "user", "assistant"]), "stop": _LETTERS},
     **dict.fromkeys(["prompt", "texts", "content"], _TEXTS),
     "json_schema": _SCHEMAS.map(json.dumps),
+    "PutExpertRequest.name": st.sampled_from(["new", "more", "new", "more", "nobody", "auto"]),
+    "RemoveExpertRequest.name": st.sampled_from(["new", "more", "nobody"]),
+    "PutExpertRequest.adapter": st.sampled_from(
+        [
+            *(*["team/good", "other", "inner-link"] * 3, "pickled", "lying", "truncated", "dora", "link"),
+            *("linked-file", "team", "nowhere", "../outside", "team/../other", "/etc"),
+        ]
+    ),
+    "generation": st.integers(1, 60),
 }
 """Values that are fine, by field: one wild value refuses the whole message, and with it whatever else was in it."""
-_NEEDED = {"max_tokens", "messages", "texts", "prompts", "ids", "role", "content"}
+_NEEDED = {
+    *("max_tokens", "messages", "texts", "prompts", "ids", "role", "content"),
+    *("PutExpertRequest.name", "RemoveExpertRequest.name", "adapter"),
+}
 """Fields that a tame message always has."""
 
 
 @st.composite
-def messages(draw: st.DrawFn) -> pb.GenerateRequest:
+def messages(draw: st.DrawFn, kind: type[Message] = pb.GenerateRequest) -> Any:
     """A request with some of its fields set; in most of them all to fine values, in the others some to wild ones."""
-    message = pb.GenerateRequest()
+    message = kind()
     _fill(draw, message, wild=draw(st.integers(0, 2)) == 0)
     return message
 
@@ -94,7 +106,7 @@ def _fill(draw: st.DrawFn, message: Message, wild: bool) -> None:
     chosen = {draw(st.sampled_from(names)) for names in choices}
     left_out = {name for names in choices for name in names} - chosen
     for field in descriptor.fields:
-        needed = field.name in chosen or (not wild and field.name in _NEEDED)
+        needed = field.name in chosen or (not wild and not _NEEDED.isdisjoint(_names(field)))
         if field.name not in left_out and (needed or draw(st.integers(0, 2)) == 0):
             _set(draw, message, field, wild)
 
@@ -119,10 +131,15 @@ def _set(draw: st.DrawFn, message: Message, field: FieldDescriptor, wild: bool) 
 
 def _values(field: FieldDescriptor, wild: bool) -> st.SearchStrategy[Any]:
     """Values of one field, elements of a repeated one; of every third field of a wild message truly wild ones."""
-    tame = _TAME.get(f"{field.containing_type.name}.{field.name}", _TAME.get(field.name))
+    tame = next((_TAME[name] for name in _names(field) if name in _TAME), None)
     if tame is None:
         return _wild(field)
     return st.integers(0, 2).flatmap(lambda third: tame if third else _wild(field)) if wild else tame
+
+
+def _names(field: FieldDescriptor) -> tuple[str, str]:
+    """With its message's name, and without."""
+    return f"{field.containing_type.name}.{field.name}", field.name
 
 
 def _wild(field: FieldDescriptor) -> st.SearchStrategy[Any]:
@@ -139,23 +156,23 @@ def _wild(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def mutants(draw: st.DrawFn) -> pb.GenerateRequest | None:
+def mutants(draw: st.DrawFn, kind: type[Message] = pb.GenerateRequest) -> Any:
     """What a message reads as after a few of its bytes have changed; None when it cannot be read."""
-    wire = bytearray(draw(messages()).SerializeToString())
+    wire = bytearray(draw(messages(kind)).SerializeToString())
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, len(wire)))
-        kind = draw(st.sampled_from(["flip", "insert", "delete", "repeat", "cut"]))
-        if kind == "flip" and place < len(wire):
+        change = draw(st.sampled_from(["flip", "insert", "delete", "repeat", "cut"]))
+        if change == "flip" and place < len(wire):
             wire[place] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "insert":
+        elif change == "insert":
             wire[place:place] = draw(st.binary(min_size=1, max_size=6))
-        elif kind == "delete":
+        elif change == "delete":
             del wire[place : place + draw(st.integers(1, 6))]
-        elif kind == "repeat":
+        elif change == "repeat":
             wire += wire[place:]
         elif draw(st.booleans()):
             del wire[place:]
     try:
-        return pb.GenerateRequest.FromString(bytes(wire))
+        return kind.FromString(bytes(wire))
     except DecodeError:
         return None
