@@ -20,8 +20,13 @@ class Background:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """What ``work`` returns or raises; it is done even if the caller is cancelled meanwhile."""
-        return await asyncio.shield(self._task(work))
+        """What ``work`` returns or raises. It is done even if the caller is cancelled; a failure is then logged."""
+        task = self._task(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_log)
+            raise
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Returns at once; should ``work`` fail, the log says so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from meteora_dist.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from meteora_dist.bank import NewExpert
 from meteora_dist.bank.rows import ROWS_FILE
 from meteora_dist.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 _PARAM = "adapter"
 
@@ -44,9 +47,13 @@ class Sources:
                 f"{_PARAM} is {adapter!r}, but must be a path below one of the service's expert_roots, without '..'",
                 _PARAM,
             )
-        for root in self._roots:
-            if (root / path).is_dir():
-                return NewExpert(_inside(root, path))
+        try:
+            for root in self._roots:
+                if (root / path).is_dir():
+                    return NewExpert(_inside(root, path))
+        except (OSError, RuntimeError):
+            # A name that is too long for the file system, or, says Python, a link that leads to itself.
+            logger.warning("an adapter cannot be looked up", exc_info=True)
         raise InvalidRequest(f"there is no folder {adapter!r} in the service's expert_roots", _PARAM)
 
     def shown(self, path: Path) -> str | None:

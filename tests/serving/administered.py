@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -25,7 +26,7 @@ from meteora_dist.serving.keys import Keyring, key_digest
 from meteora_dist.serving.sources import Sources
 from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.lone import lone_replica
-from tests.support.tiny import Spec, write_adapter
+from tests.support.tiny import SPECS, Spec, write_adapter
 
 ADMIN = {"Authorization": "Bearer the-admin"}
 USER = {"Authorization": "Bearer a-user"}
@@ -48,9 +49,10 @@ class Site:
 
     async def clear(self) -> None:
         """Removes what tests have added."""
-        for name in ("new", "more"):
-            if name in await self.names():
-                await self.http.delete(f"/admin/experts/{name}", headers=ADMIN)
+        for name in await self.names():
+            if name not in SPECS:
+                await self.http.delete(f"/admin/experts/{quote(name, safe='')}", headers=ADMIN)
+        assert await self.names() == list(SPECS)
 
     async def add(self, name: str, adapter: str, **more: Any) -> httpx.Response:
         return await self.http.post("/admin/experts", headers=ADMIN, json={"name": name, "adapter": adapter, **more})
@@ -81,6 +83,8 @@ def write_adapters(base: Path, root: Path, outside: Path) -> Path:
     shutil.copyfile(good / "adapter_config.json", root / "linked-file" / "adapter_config.json")
     (root / "linked-file" / "adapter_model.safetensors").symlink_to(secret / "adapter_model.safetensors")
     (root / "inner-link").symlink_to(root / "team" / "good")
+    (root / "loop").mkdir()
+    (root / "loop" / "adapter_config.json").symlink_to("adapter_config.json")
     return root
 
 

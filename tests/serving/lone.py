@@ -45,6 +45,7 @@ class LoneWorld:
     def __init__(self, engine: RankEngine, config: ServiceConfig) -> None:
         self.engine, self.residency, self.uses = engine, engine.routed.holdings.residency, Uses()
         self.blueprint = Blueprint(config, self.residency)
+        self.changing = asyncio.Lock()
 
     def check(self) -> None:
         self.engine.check()
@@ -60,11 +61,12 @@ class LoneWorld:
         await self.uses.none(generation)
 
     async def change(self, step: Callable[[Residency], Residency]) -> None:
-        then = step(self.residency)
-        number = next(CHANGES)
-        await asyncio.to_thread(self.engine.prepare, number, then)
-        await asyncio.to_thread(self.engine.commit, number)
-        self.residency = then
+        async with self.changing:
+            then = await asyncio.to_thread(step, self.residency)
+            number = next(CHANGES)
+            await asyncio.to_thread(self.engine.prepare, number, then)
+            await asyncio.to_thread(self.engine.commit, number)
+            self.residency = then
 
     async def reports(self) -> list[RankReport]:
         return [self.engine.report()]

@@ -142,6 +142,8 @@ async def test_only_administrators_may(site: Site, headers: dict[str, str]) -> N
         ("/etc", "must be a path below"),
         ("", "must be a path below"),
         ("nowhere", "there is no folder 'nowhere'"),
+        ("x" * 300, "there is no folder 'xxx"),
+        ("loop", "there is no folder 'loop'"),
         ("link", "link leads out of its expert root"),
         ("linked-file", "linked-file/adapter_model.safetensors leads out"),
         ("a\0b", "must be a path below"),

@@ -49,7 +49,13 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def service(ray_home: Path, tiny_base: Path, tiny_bank: Bank) -> Iterator[Endpoints]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of generations."""
+    return tmp_path_factory.mktemp("generations")
+
+
+@pytest.fixture(scope="module")
+def service(ray_home: Path, tiny_base: Path, tiny_bank: Bank, shared: Path) -> Iterator[Endpoints]:
     config = ServiceConfig(
         model=tiny_base,
         bank=tiny_bank.path,
@@ -60,6 +66,7 @@ def service(ray_home: Path, tiny_base: Path, tiny_bank: Bank) -> Iterator[Endpoi
         max_live_requests=LIVE,
         max_waiting_requests=0,
         rebuild_wait_s=120,
+        generations=shared,
         metrics_interval_s=0.5,
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -357,18 +364,20 @@ def test_a_lost_rank_is_a_pause(http: httpx.Client, stub: InferenceStub) -> None
     assert http.get("/healthz").status_code == 200
 
 
-def test_ray_exports_every_metric_and_no_log_has_a_text(http: httpx.Client, stub: InferenceStub) -> None:
+def test_ray_exports_every_metric_and_no_log_has_a_text(http: httpx.Client, stub: InferenceStub, shared: Path) -> None:
     """After a rank was lost, which some metrics are about, and when everything else has happened, too."""
     text = greedy(http, "auto")
     stub.Generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=TOKENS, sampling=pb.Sampling(temperature=0)))
     assert http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": -1}).status_code == 400
     with pytest.raises(grpc.RpcError):
         stub.Generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=-1))
+    (shared / "replica-odd.json").write_text("{}")
     wanted = {name: set(metric.labels) for metric in metrics.METRICS for name in metric.exported}
     deadline = time.monotonic() + 30
     while missing := wanted.keys() - (exported := _exported()).keys():
         assert time.monotonic() < deadline, f"not exported: {sorted(missing)}"
         time.sleep(0.5)
+    (shared / "replica-odd.json").unlink()
     for name, labels in wanted.items():
         assert exported[name] >= labels | {"application", "deployment", "replica"}, name
     assert {name for name in exported if "_meteora_" in name} == wanted.keys()

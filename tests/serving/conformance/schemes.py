@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import schemathesis
-from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode, checks
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.serving.conformance.fuzzing import leaks_nothing
 
@@ -22,8 +23,33 @@ CHECKS = [
 Steer = Callable[[st.DrawFn, Case], None]
 
 
+class OnLoop:
+    """An application as another event loop calls it, which schemathesis makes for every request."""
+
+    def __init__(self, app: ASGIApp, loop: asyncio.AbstractEventLoop) -> None:
+        self._app, self._loop = app, loop
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        here = asyncio.get_running_loop()
+
+        def back(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def call(*message: Message) -> Any:
+                return await _done_on(here, function, *message)
+
+            return call
+
+        await _done_on(self._loop, self._app, scope, back(receive), back(send))
+
+
+async def _done_on(loop: asyncio.AbstractEventLoop, function: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+    async def call() -> Any:
+        return await function(*arguments)
+
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))
+
+
 def fuzz(
-    api: FastAPI, examples: Mapping[str, int], steer: Steer, headers: Mapping[str, str] = MappingProxyType({})
+    api: ASGIApp, examples: Mapping[str, int], steer: Steer, headers: Mapping[str, str] = MappingProxyType({})
 ) -> Counter[int]:
     """The HTTP statuses of all answers.
 

@@ -28,7 +28,7 @@ from tests.serving.administered import ADMIN, Site, administered, write_adapters
 from tests.serving.asking import Context
 from tests.serving.conformance.fuzzing import QUESTIONS, at_rest, leaks_nothing
 from tests.serving.conformance.messages import messages, mutants
-from tests.serving.conformance.schemes import fuzz
+from tests.serving.conformance.schemes import OnLoop, fuzz
 from tests.serving.conformance.ways import Http, Outcome
 
 CONTEXT = 128
@@ -190,7 +190,7 @@ def test_no_request_breaks_the_administration(setting: Setting, examples: int, r
 
     before, free = setting.replies(), setting.free()
     operations = ("listExperts", "addExpert", "validateExpert", "replaceExpert", "removeExpert", "rebalance")
-    api = create_api(setting.site.methods.service, setting.site.methods.admin)
+    api = OnLoop(create_api(setting.site.methods.service, setting.site.methods.admin), setting.runner.get_loop())
     counts = dict.fromkeys(operations, examples // 3)
     seen = setting.runner.run(asyncio.to_thread(fuzz, api, counts, steer, ADMIN))
     print(dict(sorted(seen.items())))
