@@ -28,7 +28,6 @@ from meteora_dist.moe.routers import Span, decoder_layers, router_logits
 from meteora_dist.moe.routing import named, plan_step
 from meteora_dist.training.gate_loss import IGNORE, shifted_labels
 from meteora_dist.training.moa_data import DomainBatch
-from meteora_kernels.routed_lora.stack import Expert, LoraPart
 
 
 class MoaSettings(StrictModel):
@@ -108,9 +107,8 @@ class MoaObjective(nn.Module):
         self.register_buffer("absent_E", torch.tensor(absent, device=router_DEH.device))
         self._pairs = nn.ParameterDict()
         if settings.train_loras:
-            for key, part in self._parts():
-                self._pairs[f"{key}-a"] = nn.Parameter(part.a_RH.float().clone())
-                self._pairs[f"{key}-b"] = nn.Parameter(part.b_RO.float().clone())
+            for key, matrix in self._trained_matrices():
+                self._pairs[key] = nn.Parameter(matrix.float().clone())
         self._stacks = tuple(group.state.stack for group in routed.groups)
 
     @property
@@ -192,24 +190,26 @@ class MoaObjective(nn.Module):
         if not self.settings.train_loras:
             return
         for g, (group, stack) in enumerate(zip(self._routed.groups, self._stacks, strict=True)):
-            experts: list[Expert] = []
-            for e, expert in enumerate(stack.experts):
-                experts.append(tuple(part and self._now(_key(g, e, n), part) for n, part in enumerate(expert)))
-            group.state = replace(group.state, stack=replace(stack, experts=tuple(experts), packed=None))
+            experts = tuple(
+                tuple(part and replace(part, **self._now(_key(g, e, n), stack.dtype)) for n, part in enumerate(expert))
+                for e, expert in enumerate(stack.experts)
+            )
+            group.state = replace(group.state, stack=replace(stack, experts=experts, packed=None))
 
-    def _now(self, key: str, part: LoraPart) -> LoraPart:
+    def _now(self, key: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The trained matrices of a pair by field; none where it is not trained."""
         if f"{key}-a" not in self._pairs:
-            return part
-        dtype = part.a_RH.dtype
-        return replace(part, a_RH=self._pairs[f"{key}-a"].to(dtype), b_RO=self._pairs[f"{key}-b"].to(dtype))
+            return {}
+        return {"a_RH": self._pairs[f"{key}-a"].to(dtype), "b_RO": self._pairs[f"{key}-b"].to(dtype)}
 
-    def _parts(self) -> Iterator[tuple[str, LoraPart]]:
-        """The pairs of the trained experts with their keys."""
+    def _trained_matrices(self) -> Iterator[tuple[str, Tensor]]:
+        """The matrices of the trained experts with their keys."""
         for g, group in enumerate(self._routed.groups):
             for e in self.trained:
                 for n, part in enumerate(group.state.stack.experts[e]):
                     if part is not None:
-                        yield _key(g, e, n), part
+                        yield f"{_key(g, e, n)}-a", part.a_RH
+                        yield f"{_key(g, e, n)}-b", part.b_RO
 
     def _decode(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         decoder = self._routed.model.get_decoder()
