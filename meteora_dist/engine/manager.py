@@ -30,6 +30,7 @@ from meteora_dist.engine.zeros import ZerosOnDemand
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.model.paged_attention import NAME as PAGED_ATTENTION
 from meteora_dist.moe.routed_model import RoutedModel
+from meteora_dist.moe.routers import pooled_states
 from meteora_dist.moe.routing import plan_pass, slots_of_pass
 
 
@@ -224,7 +225,7 @@ class LockstepManager(ContinuousBatchingManager):
                 step = plan_pass(choices, lengths, generations, self._routed.live, slots, traced)
         ballots = ballots_of(futures, requests, self._routed.routers)
         spans = [ballot.span for ballot in ballots]
-        with self._routed.context.routed(step), self._routed.layer_states.pooling(spans) as pooled:
+        with self._routed.context.routed(step), pooled_states(self._routed.model, spans) as pooled:
             self._generation_step()
         active = batch_processor.scheduler.active_requests
         self._keep.start(active)

@@ -12,7 +12,7 @@ from meteora_dist.moe.dispatcher import Dispatcher, LocalDispatcher
 from meteora_dist.moe.holdings import Holdings, Resident, next_states, resident
 from meteora_dist.moe.layer import GroupState, RoutedGroup, RoutingContext
 from meteora_dist.moe.residency import Residency
-from meteora_dist.moe.routers import LayerRouters, LayerStates, read_routers
+from meteora_dist.moe.routers import LayerRouters, read_routers
 from meteora_dist.moe.routing import LiveGeneration
 from meteora_dist.moe.wire import Wire
 
@@ -59,7 +59,6 @@ class RoutedModel:
         holdings: What it holds; ``prepare`` and ``switch`` change it.
         live: The live generations by number, as routing needs them.
         routers: The layer routers of those live generations that have some, by number.
-        layer_states: Pools what the layers of a pass read, for the routers.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class RoutedModel:
         self.holdings = holdings
         self.live = holdings.live()
         self.routers: Mapping[int, LayerRouters] = _routers(model, holdings, {})
-        self.layer_states = LayerStates(model)
         self._group = place.group
 
     @property

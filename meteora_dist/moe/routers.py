@@ -111,29 +111,28 @@ class Span:
     pooling: Pooling
 
 
-class LayerStates:
-    """Looks at what enters the decoder layers of a model; costs nothing while nobody listens."""
+@contextmanager
+def pooled_states(model: PreTrainedModel, spans: Sequence[Span]) -> Iterator[list[Tensor]]:
+    """Pools what enters the decoder layers in the pass run inside; a tensor [S, H], fp32, for every layer after it.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Takes note of ``model``; its layers are looked up when somebody listens, as they may be replaced."""
-        self._model = model
+    Args:
+        model: A causal language model.
+        spans: What to pool; without any, nothing is looked at, and the list stays empty.
+    """
+    taken: list[Tensor] = []
 
-    @contextmanager
-    def pooling(self, spans: Sequence[Span]) -> Iterator[list[Tensor]]:
-        """Pools these spans in the pass run inside; the list has a tensor [S, H], fp32, for every layer after it."""
-        taken: list[Tensor] = []
+    def look(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden: Tensor = arguments[0] if arguments else named["hidden_states"]
+        taken.append(pool(hidden.flatten(0, -2), spans))
 
-        def look(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hidden: Tensor = arguments[0] if arguments else named["hidden_states"]
-            taken.append(pool(hidden.flatten(0, -2), spans))
-
-        layers = self._model.get_decoder().layers if spans else ()
-        hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
-        try:
-            yield taken
-        finally:
-            for hook in hooks:
-                hook.remove()
+    # Only now: the engine puts faster layers in the place of those that were loaded.
+    layers = model.get_decoder().layers if spans else ()
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def pool(hidden_TH: Tensor, spans: Sequence[Span]) -> Tensor:

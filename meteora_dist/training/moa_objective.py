@@ -24,7 +24,7 @@ from meteora_dist.bank import Bank
 from meteora_dist.bank.manifest import Pooling
 from meteora_dist.config import StrictModel
 from meteora_dist.moe.routed_model import RoutedModel
-from meteora_dist.moe.routers import Span, decoder_layers, router_logits
+from meteora_dist.moe.routers import Span, decoder_layers, pooled_states, router_logits
 from meteora_dist.moe.routing import named, plan_step
 from meteora_dist.training.gate_loss import IGNORE, shifted_labels
 from meteora_dist.training.moa_data import DomainBatch
@@ -167,7 +167,7 @@ class MoaObjective(nn.Module):
         with torch.device(batch.ids_BL.device):
             step = plan_step(choices, [length] * len(choices), self._routed.num_experts, 1)
         spans = self._spans(batch, length) if pooled else []
-        with self._routed.context.routed(step), self._routed.layer_states.pooling(spans) as taken:
+        with self._routed.context.routed(step), pooled_states(self._routed.model, spans) as taken:
             hidden_BLH = self._decode(batch.ids_BL, batch.mask_BL)
         labels_BL = shifted_labels(batch.labels_BL)
         answers_BL = labels_BL != IGNORE
@@ -181,7 +181,7 @@ class MoaObjective(nn.Module):
     def base_states(self, batch: DomainBatch) -> Tensor:
         """The pooled router inputs [D, B, H] of the prompts, as they are when routers vote: no expert is at work."""
         longest = max(batch.prompts)
-        with self._routed.layer_states.pooling(self._spans(batch, longest)) as taken:
+        with pooled_states(self._routed.model, self._spans(batch, longest)) as taken:
             self._decode(batch.ids_BL[:, :longest], batch.mask_BL[:, :longest])
         return self._mean(torch.stack(taken), batch)
 

@@ -11,7 +11,7 @@ from meteora_dist.bank import Bank, Routers, write_bank
 from meteora_dist.bank.manifest import VoteRule
 from meteora_dist.errors import BankError
 from meteora_dist.moe.inject import inject
-from meteora_dist.moe.routers import LayerRouters, Span, elect, pool, router_inputs, router_logits
+from meteora_dist.moe.routers import LayerRouters, Span, elect, pool, pooled_states, router_inputs, router_logits
 from tests.support.tiny import HIDDEN, load_tiny_llama, random_gates, random_routers, write_tiny_bank
 
 
@@ -63,7 +63,7 @@ def test_states_are_what_enters_the_layers(tiny_base: Path, tiny_bank: Bank) -> 
     ids_1L = torch.arange(20)[None]
     with torch.no_grad():
         states = routed.model(ids_1L, output_hidden_states=True, use_cache=False).hidden_states
-        with routed.layer_states.pooling([Span(3, 5, "mean"), Span(0, 20, "last")]) as pooled:
+        with pooled_states(routed.model, [Span(3, 5, "mean"), Span(0, 20, "last")]) as pooled:
             routed.model(ids_1L, use_cache=False)
         routed.model(ids_1L, use_cache=False)
     assert len(pooled) == 2
