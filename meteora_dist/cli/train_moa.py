@@ -11,17 +11,15 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from transformers import AutoTokenizer
 
 from meteora_dist.bank import Bank
 from meteora_dist.bank.manifest import Pooling
 from meteora_dist.errors import InvalidRequest
-from meteora_dist.model.load import Dtype, load_base, torch_dtype
-from meteora_dist.moe.inject import inject
-from meteora_dist.training.moa_bank import first_bank, trained_experts, write_trained
-from meteora_dist.training.moa_data import read_domains
-from meteora_dist.training.moa_loop import MoaRun, Report, fit
-from meteora_dist.training.moa_objective import MoaObjective, MoaSettings
+from meteora_dist.model.load import Dtype
+from meteora_dist.training.moa_bank import first_bank
+from meteora_dist.training.moa_loop import MoaRun, Report
+from meteora_dist.training.moa_objective import MoaSettings
+from meteora_dist.training.moa_run import MoaJob, train_moa
 
 
 def command(
@@ -70,52 +68,9 @@ def command(
         seed=seed,
         evaluated=evaluated,
     )
-    if out.exists():
-        raise InvalidRequest(f"{out} exists already; remove it or write the bank elsewhere")
+    job = MoaJob(base, data, out, settings, run, tuple(train or ()), max_tokens, dtype)
     with _start(base, bank, adapters, base_id) as before, _report(log) as report:
-        _train(base, data, out, before, tuple(train or ()), settings, run, max_tokens, torch_dtype(dtype), report)
-
-
-def _train(
-    base: Path,
-    data: Path,
-    out: Path,
-    bank: Bank,
-    names: tuple[str, ...],
-    settings: MoaSettings,
-    run: MoaRun,
-    max_tokens: int,
-    dtype: torch.dtype,
-    report: Report,
-) -> None:
-    trained = trained_experts(bank, names)
-    # An expert without rows, and that gets none, can be no answer: its domain teaches nobody.
-    taught = {
-        entry.name: index
-        for index, entry in enumerate(bank.manifest.experts)
-        if entry.router == "trained" or index in trained
-    }
-    rows = read_domains(data, taught, AutoTokenizer.from_pretrained(base), max_tokens)
-    routed = inject(load_base(base, dtype), bank, dtype)
-    objective = MoaObjective(routed, bank, trained, settings)
-    report(
-        {
-            "event": "start",
-            "experts": bank.names,
-            "trained": [bank.names[index] for index in trained],
-            "parameters": {
-                "routers": sum(parameter.numel() for parameter in objective.router_parameters()),
-                "loras": sum(parameter.numel() for parameter in objective.lora_parameters()),
-            },
-            "rows": {name: len(rows.training[index]) for name, index in taught.items()},
-            "skipped": rows.skipped,
-            **settings.model_dump(),
-            **run.model_dump(),
-        }
-    )
-    fit(objective, rows, bank.names, run, report)
-    written = write_trained(out, base, bank, routed, objective)
-    report({"event": "end", "bank": str(out), "generation": written.manifest.generation})
+        train_moa(job, before, report)
 
 
 @contextmanager
@@ -124,9 +79,7 @@ def _start(base: Path, bank: Path | None, adapters: Path | None, base_id: str | 
     if (bank is None) == (adapters is None):
         raise InvalidRequest("the run starts from --bank or from --adapters: name one of them")
     if bank is not None:
-        found = Bank.open(bank)
-        found.check_base(base)
-        yield found
+        yield Bank.open(bank)
         return
     assert adapters is not None
     with TemporaryDirectory() as folder:

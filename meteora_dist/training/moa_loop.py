@@ -57,9 +57,9 @@ def fit(objective: MoaObjective, data: DomainData, names: Sequence[str], run: Mo
         report: Gets a line with ``event`` ``step`` after every step, and ``evaluation`` before and after all of them.
     """
     held_out = _held_out(objective, data, names, run)
-    started = time.monotonic()
     if held_out is not None:
         report({"event": "evaluation", "when": "before", **held_out.scores().as_json()})
+    started = time.monotonic()
     groups = [(objective.router_parameters(), run.router_rate), (objective.lora_parameters(), run.lora_rate)]
     groups = [(parameters, rate) for parameters, rate in groups if parameters]
     optimizer = torch.optim.AdamW([{"params": parameters, "lr": rate} for parameters, rate in groups], weight_decay=0.0)

@@ -50,7 +50,7 @@ async def test_a_trained_bank_votes_right(
     command(monkeypatch, *options, *("--steps", 40, "--router-rate", 0.05, "--pooling", "mean", "--evaluated", 6))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["start", "evaluation", *["step"] * 40, "evaluation", "end"]
-    assert lines[0]["parameters"]["routers"] == 2 * 4 * 32
+    assert lines[0]["router_parameters"] == 2 * 4 * 32
     assert lines[-2]["mean"]["majority"] == 1.0
     engine = RankEngine(EngineConfig(model=tiny_base, bank=out, kv_cache_tokens=4096))
     tokenizer = TextTokenizer.open(tiny_base)

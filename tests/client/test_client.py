@@ -13,6 +13,7 @@ import grpc
 import httpx
 import pytest
 
+from meteora_dist.bank.manifest import RouterSettings
 from meteora_dist.client import (
     AsyncClient,
     CallFailed,
@@ -26,6 +27,8 @@ from meteora_dist.client import (
 )
 from meteora_dist.client.failures import Failed, of_grpc, of_http
 from meteora_dist.errors import EngineUnavailable, ExpertNotFound, InvalidRequest, Unauthenticated
+from meteora_dist.moe.routing import named
+from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import CallFailed as MethodFailed
 from meteora_dist.serving.grpc_api import GrpcMethods
@@ -161,6 +164,28 @@ async def test_every_option_reaches_the_engine(connect: Connect, tokenizer: Text
     assert engine.seen[-1].grammar
     await client.generate("Hi", max_tokens=3, stop=["e"])
     assert (await client.generate("Hi", max_tokens=8, stop=["e"])).text == "y"
+
+
+async def test_votes_are_asked_for_and_told(make_service: MakeService, tokenizer: TextTokenizer) -> None:
+    engine = says(tokenizer, "yes")
+    service = make_service(engine)
+    fields = {"routers": RouterSettings(digest="0" * 64)}
+    service.catalog = Catalog(service.catalog.manifest.model_copy(update=fields))
+    methods = GrpcMethods()
+    methods.service = service
+    routing = Routing(mode="auto-sequence", vote="last", trace=True)
+    async with AsyncExitStack() as stack:
+        transport = httpx.ASGITransport(create_api(service), raise_app_exceptions=False)
+        made = (AsyncClient("http://test", http=transport), AsyncClient(await serve(methods, stack)))
+        for client in [await stack.enter_async_context(one) for one in made]:
+            answer = (await client.generate("Hi", max_tokens=2, routing=routing)).answers[0]
+            assert answer.routing is not None
+            # The scripted layers vote 1, 3, 1, 2.
+            assert answer.routing.votes == (0, 2, 1, 1)
+            pieces = await all_of(client, "Hi", max_tokens=2, routing=routing)
+            assert {piece.routing.votes for piece in pieces if piece.routing} == {(0, 2, 1, 1)}
+    # The last layer's expert, and not the majority's.
+    assert [asked.routing for asked in engine.seen if asked.vote is None] == [named(2)] * 4
 
 
 async def test_traces_and_logprobs(connect: Connect, tokenizer: TextTokenizer) -> None:

@@ -15,24 +15,29 @@ from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.evaluation.tasks import read_task, split
+from meteora_dist.moe.routers import elect
 from meteora_dist.moe.routing import BASE, RoutingChoice, named
 from tests.support.ranks import meet, run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TASKS = ("object_counting", "unit_conversion", "strategyqa", "cs_algorithms")
 CHOICES = (RoutingChoice(), RoutingChoice(), named(2), BASE)
+BALLOTS = ("goal_step_wikihow", "unit_conversion")
 
 
 def requests(model: Path) -> list[GenerationRequest]:
-    """One held-out question of each task."""
+    """One held-out question of each task, and votes on two."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    made = []
-    for task, choice in zip(TASKS, CHOICES, strict=True):
+
+    def prompt(task: str) -> tuple[int, ...]:
         row = split(read_task(EXAMPLES / "data" / f"{task}.jsonl.gz"))[1][0]
         turns = [{"role": "user", "content": row.prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        made.append(GenerationRequest(task, tuple(ids), 12, routing=choice, trace=True))
-    return made
+        return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+    asked = zip(TASKS, CHOICES, strict=True)
+    answers = [GenerationRequest(task, prompt(task), 12, routing=choice, trace=True) for task, choice in asked]
+    votes = [GenerationRequest(f"vote-{task}", prompt(task), 1, routing=BASE, vote="routers") for task in BALLOTS]
+    return [*answers, *votes]
 
 
 async def answer(engine: RankEngine, asked: list[GenerationRequest]) -> list[list[TokenEvent]]:
@@ -79,6 +84,13 @@ def test_a_trained_task_is_answered_by_its_own_expert(alone: list[list[TokenEven
     for task, events in zip(TASKS[:2], alone[:2], strict=True):
         totals = [sum(shares) for shares in zip(*(event.shares or () for event in events), strict=True)]
         assert names[totals.index(max(totals))] == task
+
+
+def test_routers_name_the_tasks_expert(alone: list[list[TokenEvent]]) -> None:
+    names = Bank.open(EXAMPLES / "bank").names
+    for task, (event,) in zip(BALLOTS, alone[len(TASKS) :], strict=True):
+        assert event.votes is not None
+        assert names[elect(event.votes, "majority")] == names[elect(event.votes, "last")] == task
 
 
 @pytest.mark.slow

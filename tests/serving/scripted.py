@@ -22,6 +22,7 @@ class ScriptedEngine:
         error: Raised after the last token instead of ending.
         healthy: Error of ``check``; None when all is well.
         pause: When set, every token waits for it.
+        votes: Of the layer routers, for requests that ask them.
         seen: Requests it was asked.
         closed: Ids of requests whose generation was closed, for whatever reason.
     """
@@ -30,6 +31,7 @@ class ScriptedEngine:
     error: Exception | None = None
     healthy: Exception | None = None
     pause: asyncio.Event | None = None
+    votes: tuple[int, ...] = (1, 3, 1, 2)
     seen: list[GenerationRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
 
@@ -51,7 +53,8 @@ class ScriptedEngine:
                 reason = "stop" if token == EOS else "length" if last else None
                 shares = (0.1, 0.6, 0.2, 0.1) if request.trace or request.vote == "gates" else None
                 top = None if request.top_logprobs is None else [(token, -0.5), (EOS, -1.0)][: request.top_logprobs]
-                yield TokenEvent(token, reason, shares, None if top is None else Logprobs(-0.5, tuple(top)))
+                votes = self.votes if request.vote == "routers" else None
+                yield TokenEvent(token, reason, shares, None if top is None else Logprobs(-0.5, tuple(top)), votes)
             if self.error is not None:
                 raise self.error
         finally:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from meteora_dist.errors import EngineUnavailable, ExpertNotFound, Overloaded, PromptTooLong
+from meteora_dist.bank.manifest import RouterSettings, VoteRule
+from meteora_dist.errors import EngineUnavailable, ExpertNotFound, InvalidRequest, Overloaded, PromptTooLong
 from meteora_dist.moe.routing import BASE, RoutingChoice, named
 from meteora_dist.serving.catalog import Catalog
 from meteora_dist.serving.keys import ANONYMOUS
@@ -92,6 +93,48 @@ async def test_auto_sequence_votes_once_a_prompt_and_then_names_the_expert(
     # The scripted engine gives expert 1 the largest share.
     assert [request.routing for request in answered] == [named(1), named(1)]
     assert {request.prompt_ids for request in engine.seen} == {tokenizer.encode("Hi")}
+
+
+def with_routers(service: TextService, rule: VoteRule = "majority") -> TextService:
+    """The same service of a bank that has layer routers."""
+    manifest = service.catalog.manifest
+    routing = manifest.routing.model_copy(update={"vote": rule})
+    fields = {"routers": RouterSettings(digest="0" * 64), "routing": routing}
+    service.catalog = Catalog(manifest.model_copy(update=fields))
+    return service
+
+
+@pytest.mark.parametrize(
+    ("bank", "asked", "expert"),
+    [("majority", None, 1), ("last", None, 2), ("majority", "last", 2), ("last", "majority", 1)],
+    ids=["bank majority", "bank last", "request last", "request majority"],
+)
+async def test_routers_vote_where_the_bank_has_them(
+    tokenizer: TextTokenizer, make_service: MakeService, bank: VoteRule, asked: VoteRule | None, expert: int
+) -> None:
+    engine = says(tokenizer, "x")
+    selection = Selection("auto-sequence", vote=asked)
+    got = await answers(with_routers(make_service(engine), bank), ("Hi",), n=2, selection=selection, trace=True)
+    ballot, *answered = engine.seen
+    assert (ballot.vote, ballot.max_tokens, ballot.routing, ballot.trace) == ("routers", 1, BASE, False)
+    assert [request.routing for request in answered] == [named(expert), named(expert)]
+    # The scripted layers vote 1, 3, 1, 2.
+    assert [one.votes for one in got] == [(0, 2, 1, 1)] * 2
+
+
+async def test_votes_are_shown_in_traces_of_auto_sequence_alone(
+    tokenizer: TextTokenizer, make_service: MakeService
+) -> None:
+    service = with_routers(make_service(says(tokenizer, "x")))
+    assert (await answer(service, selection=Selection("auto-sequence"))).votes == ()
+    assert (await answer(service, selection=select("wide"), trace=True)).votes == ()
+    assert (await answer(service, trace=True)).votes == ()
+
+
+async def test_a_rule_for_routers_needs_routers(tokenizer: TextTokenizer, make_service: MakeService) -> None:
+    with pytest.raises(InvalidRequest, match="this one has none; its gates vote") as refused:
+        await answer(make_service(says(tokenizer, "x")), selection=Selection("auto-sequence", vote="last"))
+    assert refused.value.param == "routing.vote"
 
 
 async def test_a_call_may_have_several_prompts_and_answers(tokenizer: TextTokenizer, make_service: MakeService) -> None:

@@ -245,6 +245,13 @@ def test_the_same_seed_gives_the_same_bank(tiny_base: Path, tiny_bank: Bank, tmp
     assert first.digests != other.digests
 
 
+def test_routers_do_not_depend_on_the_loras_trained_beside_them(tiny_base: Path, tiny_bank: Bank) -> None:
+    joint, alone = made(tiny_base, tiny_bank), made(tiny_base, tiny_bank, train_loras=False)
+    for objective in (joint, alone):
+        run(objective, data_of(), steps=4, evaluated=0)
+    assert torch.equal(joint.routers, alone.routers)
+
+
 def test_a_bank_of_adapters_alone(tiny_base: Path, tiny_bank: Bank, tmp_path: Path) -> None:
     bank = first_bank(tmp_path / "bank", tiny_base, "tiny", tiny_bank.path / "experts")
     assert bank.names == tuple(sorted(NAMES))
