@@ -140,16 +140,16 @@ class MoaObjective(nn.Module):
             self.install()
             own = batch.rows(kept)
             lm_K, pooled_DBH = self.language_losses(own, pooled=by_expert)
-            mine_K = torch.tensor([expert in self.trained for expert in own.experts], device=lm_K.device)
-            lm_B = lm_B.index_put((torch.tensor(kept, device=lm_K.device),), lm_K * mine_K)
+            lm_B = lm_B.index_put((torch.tensor(kept, device=lm_K.device),), lm_K)
         if pooled_DBH is None:
             pooled_DBH = self.base_states(batch)
         logits_DBE = self.logits(pooled_DBH)
         experts_B = torch.tensor(batch.experts, device=logits_DBE.device)
-        counted_B = torch.tensor([expert in self.trained for expert in batch.experts], device=logits_DBE.device)
-        tokens_B = (batch.labels_BL[:, 1:] != IGNORE).sum(1) * (counted_B if self.settings.train_loras else 0)
+        # Only sequences whose expert's LoRA is trained have a language-model loss.
+        taught_B = experts_B.new_tensor([self.settings.train_loras and e in self.trained for e in batch.experts])
+        tokens_B = taught_B * (batch.labels_BL[:, 1:] != IGNORE).sum(1)
         right_DB = logits_DBE.detach().argmax(-1) == experts_B
-        return MoaSums(lm_B, tokens_B, router_losses(logits_DBE, experts_B), right_DB, batch.experts)
+        return MoaSums(lm_B * taught_B, tokens_B, router_losses(logits_DBE, experts_B), right_DB, batch.experts)
 
     def logits(self, pooled_DBH: Tensor) -> Tensor:
         """logits_DBE, fp32; -inf for experts that have no rows and get none."""

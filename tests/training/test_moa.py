@@ -161,7 +161,8 @@ def test_routers_learn_to_name_the_domain(tiny_base: Path, tiny_bank: Bank, rout
 
 def test_the_first_layer_is_blind_to_all_but_the_last_token(tiny_base: Path, tiny_bank: Bank) -> None:
     objective = made(tiny_base, tiny_bank, train_loras=False)
-    *_, after = run(objective, data_of(), steps=60)
+    *_, last, after = run(objective, data_of(), steps=60)
+    assert last["lm"] == 0.0
     assert after["layers"] == (1 / EXPERTS, 1.0)
     assert after["mean"]["last"] == 1.0
     # Of two votes, one of them blind, the deeper one decides a tie.
@@ -250,6 +251,9 @@ def test_routers_do_not_depend_on_the_loras_trained_beside_them(tiny_base: Path,
     for objective in (joint, alone):
         run(objective, data_of(), steps=4, evaluated=0)
     assert torch.equal(joint.routers, alone.routers)
+    # With frozen LoRAs there is no language-model loss, also where a pass with experts is made for the routers.
+    by_expert = made(tiny_base, tiny_bank, train_loras=False, router_input="expert")
+    assert run(by_expert, data_of(), steps=1, evaluated=0)[0]["lm"] == 0.0
 
 
 def test_a_bank_of_adapters_alone(tiny_base: Path, tiny_bank: Bank, tmp_path: Path) -> None:
