@@ -96,8 +96,6 @@ class FastLayer(nn.Module):
     def __init__(self, layer: Any, index: int) -> None:
         """Takes over the weights of transformers' ``layer``, number ``index`` of the model."""
         super().__init__()
-        for key, hook in layer._forward_pre_hooks.items():
-            self.register_forward_pre_hook(hook, with_kwargs=key in layer._forward_pre_hooks_with_kwargs)
         attention, mlp = layer.self_attn, layer.mlp
         self._qkv = FusedLinears([attention.q_proj, attention.k_proj, attention.v_proj])
         self._o = FusedLinears([attention.o_proj])

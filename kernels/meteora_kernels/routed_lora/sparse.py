@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def add_routed_lora_sparse(
     weights_SR = where.scales_PR.index_select(0, pairs_S).mul_(weights_TNK.reshape(-1, 1))
     weights_SR.mul_(_sampled(x_TH, packed.a_CH, rows_SR.view(tokens, -1)).view_as(weights_SR))
     rows_TNJ, weights_TNJ = rows_SR.view(tokens, linears, -1) - where.first_N1, weights_SR.view(tokens, linears, -1)
-    bags_T = torch.arange(0, tokens * rows_TNJ.shape[-1], rows_TNJ.shape[-1])
+    bags_T = _ends(tokens, rows_TNJ.shape[-1])[:-1]
     for n, b_CO in enumerate(packed.b_CO):
         if b_CO.shape[0]:
             rows, weights = rows_TNJ[:, n].flatten(), weights_TNJ[:, n].flatten()
@@ -115,11 +116,16 @@ def _sampled(x_TH: Tensor, a_CH: Tensor, rows_TJ: Tensor) -> Tensor:
     tokens, wanted = rows_TJ.shape
     if wanted * WORTHWHILE > a_CH.shape[0]:
         return linear(x_TH, a_CH).gather(1, rows_TJ).flatten()
-    ends = torch.arange(0, tokens * wanted + 1, wanted)
-    nothing = x_TH.new_zeros(tokens * wanted)
+    ends, nothing = _ends(tokens, wanted), x_TH.new_zeros(tokens * wanted)
     pattern = torch.sparse_csr_tensor(ends, rows_TJ.flatten(), nothing, (tokens, a_CH.shape[0]), check_invariants=False)
     entries_S: Tensor = torch.sparse.sampled_addmm(pattern, x_TH, a_CH.T, beta=0.0).values()
     return entries_S
+
+
+@lru_cache(maxsize=256)
+def _ends(tokens: int, each: int) -> Tensor:
+    """0 and the ends of neighbouring runs of ``each`` entries, one run a token; every layer asks for the same."""
+    return torch.arange(0, tokens * each + 1, each)
 
 
 def _hear_once_that_sparse_csr_is_beta() -> None:
