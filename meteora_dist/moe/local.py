@@ -8,6 +8,7 @@ Shapes: T tokens, H input width, Y outputs of N linears side by side, K slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,25 @@ MANY_TOKENS = 512
 """Most tokens that are computed at once, so that what is needed in between does not grow with the pass."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What follows from a state.
+
+    Attributes:
+        state: The state.
+        gates: Its gates.
+        where: The rows of its pairs, when its stack is packed.
+        locals: The local id of every slot of the roster.
+        in_order: Whether each is the slot's own number.
+    """
+
+    state: GroupState
+    gates: GroupGates
+    where: PairRows | None
+    locals: list[int]
+    in_order: bool
+
+
 class LocalDeltas:
     """Adds the deltas of one group of linears."""
 
@@ -32,7 +52,7 @@ class LocalDeltas:
         """Serves ``group``, whose linears have ``columns`` of the outputs."""
         self._group = group
         self._columns = tuple(columns)
-        self._known: tuple[GroupState, PairRows | None, bool] | None = None
+        self._known: _Known | None = None
 
     def add_to(self, y_TY: Tensor, x_TH: Tensor) -> None:
         """Adds what the pass under way adds to the outputs ``y_TY`` for inputs ``x_TH``."""
@@ -54,20 +74,20 @@ class LocalDeltas:
 
     def _add_only(self, y_TY: Tensor, x_TH: Tensor, step: StepRouting) -> None:
         """Adds the experts that all tokens use."""
-        group, state = self._group, self._group.state
-        group.context.loads.see(step.only_slots(len(group.names)))
+        known = self._lookup()
+        loads = self._group.context.loads
+        loads.see_alike((slot for slot, _ in step.only), x_TH.shape[0] * len(self._columns))
         for slot, weight in step.only:
-            expert = state.stack.experts[int(state.targets_DG[0, slot])]
+            expert = known.state.stack.experts[known.locals[slot]]
             add_expert(y_TY, self._columns, x_TH, expert, weight)
 
     def _add_routed(self, y_TY: Tensor, x_TH: Tensor, step: StepRouting) -> None:
         """Routes every token, and adds its experts."""
-        group, state = self._group, self._group.state
-        where, in_order = self._lookup(state)
-        gates = GroupGates(len(group.names), state.gates, state.absent)
-        slots_TNK, weights_TNK = route(x_TH, gates, step)
-        group.context.loads.see(slots_TNK)
-        ids_TNK = slots_TNK if in_order else local_of(slots_TNK, state.targets_DG)[0]
+        known = self._lookup()
+        state, where = known.state, known.where
+        slots_TNK, weights_TNK = route(x_TH, known.gates, step)
+        self._group.context.loads.see(slots_TNK)
+        ids_TNK = slots_TNK if known.in_order else local_of(slots_TNK, state.targets_DG)[0]
         if where is not None and x_TH.shape[0] <= FEW_TOKENS and x_TH.dtype == torch.float32:
             add_routed_lora_sparse(y_TY, self._columns, x_TH, state.stack, where, ids_TNK, weights_TNK)
         else:
@@ -77,10 +97,15 @@ class LocalDeltas:
         for columns, delta_TO in zip(self._columns, deltas, strict=True):
             y_TY[:, columns] += delta_TO
 
-    def _lookup(self, state: GroupState) -> tuple[PairRows | None, bool]:
-        """The rows of a packed stack, and whether every slot is its own local id; worked out once for a state."""
-        if self._known is None or self._known[0] is not state:
-            where = None if state.stack.packed is None else pair_rows(state.stack)
-            slots = torch.arange(state.stack.num_experts)
-            self._known = state, where, torch.equal(state.targets_DG[0, :-1], slots)
-        return self._known[1], self._known[2]
+    def _lookup(self) -> _Known:
+        """What is known of the group's state, worked out once for each."""
+        state = self._group.state
+        if self._known is None or self._known.state is not state:
+            self._known = _Known(
+                state=state,
+                gates=GroupGates(len(self._group.names), state.gates, state.absent),
+                where=None if state.stack.packed is None else pair_rows(state.stack),
+                locals=state.targets_DG[0].tolist(),
+                in_order=torch.equal(state.targets_DG[0, :-1], torch.arange(state.stack.num_experts)),
+            )
+        return self._known

@@ -130,11 +130,6 @@ class StepRouting:
         """K of this pass."""
         return self.ids_TK.shape[1]
 
-    def only_slots(self, linears: int) -> Tensor:
-        """The slots of ``only`` for every token at N linears, [T, N, K]."""
-        slots_K = torch.tensor([slot for slot, _ in self.only])
-        return slots_K.expand(self.ids_TK.shape[0], linears, -1)
-
     def of(self, rows: slice) -> StepRouting:
         """The routing of neighbouring tokens; what their pass records goes to this one."""
 

@@ -96,12 +96,16 @@ def add_routed_lora_sparse(
     rows_SR = where.rows_PR.index_select(0, pairs_S)
     weights_SR = where.scales_PR.index_select(0, pairs_S).mul_(weights_TNK.reshape(-1, 1))
     weights_SR.mul_(_sampled(x_TH, packed.a_CH, rows_SR.view(tokens, -1)).view_as(weights_SR))
-    rows_TNJ, weights_TNJ = rows_SR.view(tokens, linears, -1) - where.first_N1, weights_SR.view(tokens, linears, -1)
-    bags_T = _ends(tokens, rows_TNJ.shape[-1])[:-1]
+    if linears == 1:
+        rows_NS, weights_NS = rows_SR.view(1, -1), weights_SR.view(1, -1)
+    else:
+        rows_TNJ, weights_TNJ = rows_SR.view(tokens, linears, -1) - where.first_N1, weights_SR.view(tokens, linears, -1)
+        rows_NS, weights_NS = (of.transpose(0, 1).flatten(1) for of in (rows_TNJ, weights_TNJ))
+    bags_T = _ends(tokens, rows_NS.shape[1] // tokens)[:-1]
     for n, b_CO in enumerate(packed.b_CO):
         if b_CO.shape[0]:
-            rows, weights = rows_TNJ[:, n].flatten(), weights_TNJ[:, n].flatten()
-            y_TY[:, columns[n]].add_(torch.embedding_bag(b_CO, rows, bags_T, False, 0, False, weights)[0])
+            delta_TO = torch.embedding_bag(b_CO, rows_NS[n], bags_T, False, 0, False, weights_NS[n])[0]
+            y_TY[:, columns[n]].add_(delta_TO)
 
 
 def add_expert(y_TY: Tensor, columns: Sequence[slice], x_TH: Tensor, expert: Expert, weight: float) -> None:
