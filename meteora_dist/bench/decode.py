@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from meteora_dist.bench.memory import peak_resident, reset_peak
+from meteora_dist.bench.modes import Mode, modes_of
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
 from meteora_dist.engine.request import GenerationRequest
-from meteora_dist.moe.routing import BASE, RoutingChoice, named
+from meteora_dist.moe.routing import RoutingChoice
 
 PROMPT_TOKENS = 16
 
@@ -21,61 +23,70 @@ class DecodePlan:
     """What is measured: every mode at every batch size, ``repeats`` times, in turn."""
 
     batches: tuple[int, ...]
-    top_k: int
     tokens: int
     repeats: int
 
     @property
-    def modes(self) -> dict[str, RoutingChoice]:
-        """The routing of each mode."""
-        return {"base": BASE, "named": named(0), "auto": RoutingChoice(top_k=self.top_k)}
-
-    @property
     def rounds(self) -> int:
-        """Runs in all, the warm-up of each batch size included."""
-        return len(self.batches) * len(self.modes) * (self.repeats + 1)
+        """Runs for one bank in all, the warm-up of each batch size included."""
+        return len(self.batches) * len(modes_of(1)) * (self.repeats + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """One result; ``experts`` is the bank's, ``top_k`` what a token uses, ``tokens_per_s`` the median, all requests."""
+    """One result.
+
+    Attributes:
+        mode: See ``meteora_dist.bench.modes``.
+        batch: Requests at once.
+        experts: Of the bank.
+        tokens_per_s: Of all requests together, the median of the rounds.
+        of_base: The median of the rounds' ratios to the base mode.
+        peak_bytes: Largest resident memory of the process while this batch size was measured, all modes.
+    """
 
     mode: str
     batch: int
     experts: int
-    top_k: int
     tokens_per_s: float
+    of_base: float
+    peak_bytes: int
 
 
 async def measure_decode(config: EngineConfig, plan: DecodePlan, advance: Callable[[], None]) -> list[DecodeRow]:
-    """Measures one engine; modes are interleaved, so that a drifting machine touches them alike.
+    """Measures one engine; modes are interleaved, so that a drifting machine touches them alike. Linux only.
 
     The clock starts when every request has its first token, so prefill does not count.
     """
     engine = RankEngine(config)
     rows = []
     try:
+        experts = engine.routed.num_experts
         for batch in plan.batches:
-            speeds: dict[str, list[float]] = {mode: [] for mode in plan.modes}
+            modes = modes_of(experts)
+            speeds: dict[str, list[float]] = {mode: [] for mode in modes}
+            reset_peak()
             for repeat in range(plan.repeats + 1):
-                for mode, choice in plan.modes.items():
-                    speed = await _decode(engine, choice, batch, plan.tokens)
+                for mode, choices in modes.items():
+                    speed = await _decode(engine, choices, batch, plan.tokens)
                     if repeat:
                         speeds[mode].append(speed)
                     advance()
-            rows += [
-                DecodeRow(mode, batch, engine.routed.num_experts, choice.slots, statistics.median(speeds[mode]))
-                for mode, choice in plan.modes.items()
-            ]
+            peak = peak_resident()
+            for mode, found in speeds.items():
+                ratios = [speed / base for speed, base in zip(found, speeds["base"], strict=True)]
+                median, ratio = statistics.median(found), statistics.median(ratios)
+                rows.append(DecodeRow(mode, batch, experts, median, ratio, peak))
     finally:
         engine.stop()
     return rows
 
 
-async def _decode(engine: RankEngine, choice: RoutingChoice, batch: int, tokens: int) -> float:
+async def _decode(engine: RankEngine, choices: Mode, batch: int, tokens: int) -> float:
     """Tokens per second of ``batch`` requests from the moment all have their first token."""
     started = asyncio.Barrier(batch)
-    times = await asyncio.gather(*(_one(engine, choice, index, tokens, started) for index in range(batch)))
+    requests = [_one(engine, choices[index % len(choices)], index, tokens, started) for index in range(batch)]
+    times = await asyncio.gather(*requests)
     counted = sum(count for _, _, count in times)
     return counted / (max(last for _, last, _ in times) - min(first for first, _, _ in times))
 

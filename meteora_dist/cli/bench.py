@@ -1,8 +1,7 @@
-"""``meteora bench``: how fast it is on this machine, and how much it holds."""
+"""``meteora bench``: how fast ranks are together, and how much they hold."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from dataclasses import asdict, replace
@@ -16,37 +15,10 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from meteora_dist.bench.capacity import CapacityPlan, CapacityRow, LimitRow, measure_capacity, measure_limit
-from meteora_dist.bench.decode import DecodePlan, DecodeRow, measure_decode
 from meteora_dist.bench.scaling import ScalingPlan, measure_scaling
-from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.mesh import Mesh
 from meteora_dist.model.demo_model import demo_model_dir
 from meteora_dist.planning.sizes import show_bytes
-
-
-def decode(
-    model: Annotated[Path | None, typer.Option(help="Base model folder; the demo's without it.")] = None,
-    bank: Annotated[Path, typer.Option(help="Bank folder.")] = Path("examples/bank"),
-    batch: Annotated[list[int] | None, typer.Option(help="Requests at once; repeat for several. [8]")] = None,
-    top_k: Annotated[int, typer.Option(help="Experts a token uses under auto.")] = 2,
-    tokens: Annotated[int, typer.Option(help="Tokens each request produces.")] = 48,
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 5,
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
-) -> None:
-    """Measure decoding on one rank: base, one named expert and auto, interleaved in one run.
-
-    Example: meteora bench decode --batch 1 --batch 8 --json decode.json
-    """
-    transformers_logging.disable_progress_bar()
-    plan = DecodePlan(tuple(batch or [8]), top_k, tokens, repeats)
-    config = EngineConfig(model=model or demo_model_dir(), bank=bank, threads=threads)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=plan.rounds)
-        rows = asyncio.run(measure_decode(config, plan, lambda: progress.advance(task)))
-    Console().print(_table(rows))
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def scaling(
@@ -141,14 +113,3 @@ def _limit_text(row: LimitRow) -> str:
         f"{row.experts} experts, {show_bytes(row.limit)} a rank: one rank: {row.one_rank}; two ranks: {row.two_ranks}, "
         + same
     )
-
-
-def _table(rows: list[DecodeRow]) -> Table:
-    table = Table("mode", "batch", "experts", "top-k", "tokens/s", "of base")
-    bases = {row.batch: row.tokens_per_s for row in rows if row.mode == "base"}
-    for row in rows:
-        ratio = row.tokens_per_s / bases[row.batch]
-        table.add_row(
-            row.mode, str(row.batch), str(row.experts), str(row.top_k), f"{row.tokens_per_s:.1f}", f"{ratio:.2f}"
-        )
-    return table

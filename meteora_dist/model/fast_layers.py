@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from meteora_dist.model.packed import PackedLinear, can_pack
 from meteora_dist.model.paged_attention import AttentionPlan, attend, serves, use_paged_attention
-from meteora_dist.moe.layer import RoutedGroup, RoutedLinear
+from meteora_dist.moe.layer import RoutedLinear
+from meteora_dist.moe.local import LocalDeltas
 
 LIKE_LLAMA = frozenset({"llama", "mistral", "qwen2"})
 """Model types whose layers compute what ``FastLayer`` does."""
@@ -79,17 +80,14 @@ class FusedLinears(nn.Module):
             bases.append(base)
             first += base.out_features
         self._base = PackedLinear(bases)
-        self._group: RoutedGroup | None = group
-        self._columns = tuple(columns)
+        self._deltas = None if group is None else LocalDeltas(group, columns)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        """The outputs y_TO."""
-        y_TO: Tensor = self._base(x_TH)
-        deltas = None if self._group is None else self._group(x_TH)
-        if deltas is not None:
-            for columns, delta_TO in zip(self._columns, deltas, strict=True):
-                y_TO[:, columns] += delta_TO
-        return y_TO
+        """The outputs y_TY."""
+        y_TY: Tensor = self._base(x_TH)
+        if self._deltas is not None:
+            self._deltas.add_to(y_TY, x_TH)
+        return y_TY
 
 
 class FastLayer(nn.Module):
@@ -127,8 +125,8 @@ class FastLayer(nn.Module):
             qk_TAD[:, :heads], qk_TAD[:, heads:], qkv_TAD[:, turned:], self._index, self._scaling, attention_plan
         )
         h_TH = self._o(o_TAD.flatten(1)).add_(h_TH)
-        gate_up_TO = self._gate_up(self._mlp_norm(h_TH))
-        gate_TO, up_TO = gate_up_TO.tensor_split(2, dim=1)
+        gate_up_TY = self._gate_up(self._mlp_norm(h_TH))
+        gate_TO, up_TO = gate_up_TY.tensor_split(2, dim=1)
         out_TH: Tensor = self._down(self._act(gate_TO) * up_TO)
         return out_TH.add_(h_TH)[None]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meteora_dist.moe.dispatcher import Dispatched, Dispatcher
+from meteora_dist.moe.dispatcher import Dispatched, Dispatcher, LocalDispatcher
 from meteora_dist.moe.gate import GroupGates, route
 from meteora_dist.moe.load import SlotLoads
 from meteora_dist.moe.routing import NO_EXPERT, PassRouting
@@ -104,6 +104,16 @@ class RoutedGroup(nn.Module):
         self._dispatcher = dispatcher
         self._context = context
         self._add_up = add_up
+
+    @property
+    def context(self) -> RoutingContext:
+        """How the pass under way is routed."""
+        return self._context
+
+    @property
+    def local(self) -> bool:
+        """Whether this rank computes all of it: nothing travels, and nothing is added up."""
+        return self._add_up is None and isinstance(self._dispatcher, LocalDispatcher)
 
     @property
     def names(self) -> tuple[str, ...]:

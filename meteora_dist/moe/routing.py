@@ -110,6 +110,7 @@ class StepRouting:
         index: Of the generation, see ``LiveGeneration``.
         slot_E: Of the generation, see ``LiveGeneration``.
         prototype_E: Of the generation, see ``LiveGeneration``.
+        only: (slot of the roster, weight) of the experts that all tokens use alike; empty where they differ.
     """
 
     auto_T: Tensor | None
@@ -122,11 +123,28 @@ class StepRouting:
     index: int = 0
     slot_E: Tensor | None = None
     prototype_E: Tensor | None = None
+    only: tuple[tuple[int, float], ...] = ()
 
     @property
     def slots(self) -> int:
         """K of this pass."""
         return self.ids_TK.shape[1]
+
+    def of(self, rows: slice) -> StepRouting:
+        """The routing of neighbouring tokens; what their pass records goes to this one."""
+
+        def cut(of_T: Tensor | None) -> Tensor | None:
+            return None if of_T is None else of_T[rows]
+
+        return replace(
+            self,
+            auto_T=cut(self.auto_T),
+            top_k_T=cut(self.top_k_T),
+            temperature_T1=cut(self.temperature_T1),
+            ids_TK=self.ids_TK[rows],
+            weights_TK=self.weights_TK[rows],
+            shares_TE=cut(self.shares_TE),
+        )
 
     def shares_of(self, token: int, count: int = 1) -> Tensor | None:
         """Shares of ``count`` tokens of the pass from ``token`` on, added up, [E]; None when nobody asked."""
@@ -202,6 +220,7 @@ def plan_step(
         ids_TK=ids_TK,
         weights_TK=spread([[weight for _, weight in row] for row in fixed], torch.float32),
         shares_TE=torch.zeros(ids_TK.shape[0], num_experts) if trace else None,
+        only=choices[0].experts if len(set(choices)) == 1 and choices[0].mode == "fixed" else (),
     )
 
 
@@ -236,7 +255,8 @@ def plan_pass(
         chosen, counts = [choices[r] for r in requests], [lengths[r] for r in requests]
         bank = live[generation]
         step = plan_step(chosen, counts, bank.num_experts, slots, trace)
-        return replace(step, index=bank.index, slot_E=bank.slot_E, prototype_E=bank.prototype_E)
+        only = step.only if bank.slot_E is None else tuple((int(bank.slot_E[expert]), w) for expert, w in step.only)
+        return replace(step, index=bank.index, slot_E=bank.slot_E, prototype_E=bank.prototype_E, only=only)
 
     used = sorted(set(generations))
     if len(used) == 1:

@@ -216,7 +216,7 @@ async def test_a_failing_pass_reaches_every_caller(tiny_base: Path, tiny_bank: B
         def fail(*_: object) -> None:
             raise RuntimeError("a broken kernel")
 
-        engine.routed.groups[0].register_forward_pre_hook(fail)
+        engine.routed.model.get_decoder().layers[0].register_forward_pre_hook(fail)
         answers = await asyncio.gather(*(collect(engine, request) for request in REQUESTS), return_exceptions=True)
         assert [type(answer) for answer in answers] == [EngineUnavailable] * len(REQUESTS)
         assert "a broken kernel" in str(answers[0])
