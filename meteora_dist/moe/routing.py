@@ -236,7 +236,10 @@ def plan_pass(
         chosen, counts = [choices[r] for r in requests], [lengths[r] for r in requests]
         bank = live[generation]
         step = plan_step(chosen, counts, bank.num_experts, slots, trace)
-        return replace(step, index=bank.index, slot_E=bank.slot_E, prototype_E=bank.prototype_E)
+        slot_E, prototype_E = (
+            None if table is None else table.to(step.ids_TK.device) for table in (bank.slot_E, bank.prototype_E)
+        )
+        return replace(step, index=bank.index, slot_E=slot_E, prototype_E=prototype_E)
 
     used = sorted(set(generations))
     if len(used) == 1:

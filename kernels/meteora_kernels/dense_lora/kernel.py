@@ -17,6 +17,7 @@ from meteora_kernels.gate.choice import Chosen, GateChoice
 from meteora_kernels.gate.kernel import choice_args, pick, pick_sizes, sum_planes
 from meteora_kernels.launch import EXACT, Launch
 from meteora_kernels.routed_lora.blocks.kernel import TYPES
+from meteora_kernels.routed_lora.deltas import Deltas
 from meteora_kernels.routed_lora.stack import LoraStack
 from meteora_kernels.routed_lora.tables import Tables
 
@@ -92,9 +93,10 @@ def scale_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "out_tokens", "out_first"])
 def expand_dense_kernel(
-    scaled, address_N, columns_N, column_N, width_N, start_N, linear_J, first_J, out, tokens, C, BT: tl.constexpr,
+    scaled, address_N, columns_N, column_N, width_N, start_N, linear_J, first_J, out, out_tokens,
+    out_first, tokens, C, BT: tl.constexpr,
     BC: tl.constexpr, BO: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (token blocks, tiles of features)."""
@@ -114,7 +116,7 @@ def expand_dense_kernel(
             mask=(c < columns)[:, None] & (o < width)[None, :], other=0.0,
         )  # fmt: skip
         acc = tl.dot(zs, ms, acc, input_precision="ieee")
-    spot = tl.load(start_N + n) * tokens + t[:, None] * width + o[None, :]
+    spot = tl.load(start_N + n) * out_tokens + (out_first + t)[:, None] * width + o[None, :]
     tl.store(out + spot, acc.to(out.dtype.element_ty), mask=(t < tokens)[:, None] & (o < width)[None, :])
 
 
@@ -130,19 +132,17 @@ def launch_route_scale(planes: Tensor, choice: GateChoice, stack: LoraStack, tab
     packed = stack.packed
     assert packed is not None, "the dense regime reads packed matrices"
     tokens, linears, columns = planes.shape[1], stack.num_linears, packed.a_CH.shape[0]
-    shape = tokens, linears, choice.slots
-    slots_TNK, local_TNK = (torch.empty(shape, dtype=torch.long, device=planes.device) for _ in range(2))
-    weights_TNK = torch.empty(shape, dtype=torch.float32, device=planes.device)
+    chosen = Chosen.unset(tokens, linears, choice.slots, planes.device)
     scaled_TC = torch.empty(tokens, columns, dtype=stack.dtype, device=planes.device)
     skip = planes.shape[-1] - columns
     experts = max(1, skip // linears)
     route_scale_kernel[tokens, linears](
-        planes, planes.stride(0), planes.stride(1), *choice_args(choice), slots_TNK, local_TNK, weights_TNK, experts,
-        skip, packed.pair_of_C, stack.scales_NE, tables.column_N, tables.columns_N, scaled_TC, stack.num_experts,
-        columns, linears, GATED=choice.gated, K=choice.slots, PLANES=planes.shape[0], BC=COLUMNS_AT_ONCE,
-        **pick_sizes(experts, choice.slots), **EXACT,
+        planes, planes.stride(0), planes.stride(1), *choice_args(choice), chosen.slots_TNK, chosen.local_TNK,
+        chosen.weights_TNK, experts, skip, packed.pair_of_C, stack.scales_NE, tables.column_N, tables.columns_N,
+        scaled_TC, stack.num_experts, columns, linears, GATED=choice.gated, K=choice.slots,
+        PLANES=planes.shape[0], BC=COLUMNS_AT_ONCE, **pick_sizes(experts, choice.slots), **EXACT,
     )  # fmt: skip
-    return Chosen(slots_TNK, local_TNK, weights_TNK), scaled_TC
+    return chosen, scaled_TC
 
 
 def launch_scale(planes: Tensor, ids_TNK: Tensor, weights_TNK: Tensor, stack: LoraStack, tables: Tables) -> Tensor:
@@ -160,11 +160,11 @@ def launch_scale(planes: Tensor, ids_TNK: Tensor, weights_TNK: Tensor, stack: Lo
     return scaled_TC
 
 
-def launch_expand_dense(scaled_TC: Tensor, tables: Tables, out: Tensor, dtype: torch.dtype, launch: Launch) -> None:
-    """Writes the deltas of all linears into ``out``, one [T, O_n] after the other in one row."""
+def launch_expand_dense(scaled_TC: Tensor, tables: Tables, out: Deltas, dtype: torch.dtype, launch: Launch) -> None:
+    """Writes the deltas of all linears into ``out``."""
     tokens, columns = scaled_TC.shape
     expand_dense_kernel[triton.cdiv(tokens, launch.project_rows), tables.linear_J.numel()](
         scaled_TC, tables.address_N, tables.columns_N, tables.column_N, tables.b.width_N, tables.b.start_N,
-        tables.linear_J, tables.first_J, out, tokens, columns, BT=launch.project_rows, BC=COLUMNS_AT_ONCE,
-        BO=tables.tile, TYPE=TYPES[dtype], **launch.options,
+        tables.linear_J, tables.first_J, out.row, out.tokens, out.first, tokens, columns, BT=launch.project_rows,
+        BC=COLUMNS_AT_ONCE, BO=tables.tile, TYPE=TYPES[dtype], **launch.options,
     )  # fmt: skip

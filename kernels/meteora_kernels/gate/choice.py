@@ -5,8 +5,10 @@ Shapes: T tokens, N linears that share one input, E experts the gates know, G sl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 NO_EXPERT = -1
@@ -43,6 +45,12 @@ class GateChoice:
     slot_E: Tensor | None = None
     local_G: Tensor | None = None
 
+    def part(self, first: int, size: int) -> GateChoice:
+        """Of ``size`` tokens from ``first`` on."""
+        fields = ("auto_T", "top_k_T", "temperature_T1", "ids_TK", "weights_TK")
+        rows = {field: tensor[first : first + size] for field in fields if (tensor := getattr(self, field)) is not None}
+        return replace(self, **rows)
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -57,3 +65,14 @@ class Chosen:
     slots_TNK: Tensor
     local_TNK: Tensor
     weights_TNK: Tensor
+
+    @classmethod
+    def unset(cls, tokens: int, linears: int, slots: int, device: torch.device) -> Chosen:
+        """Uninitialised."""
+        slots_TNK, local_TNK = (torch.empty(tokens, linears, slots, dtype=torch.long, device=device) for _ in range(2))
+        return cls(slots_TNK, local_TNK, torch.empty(tokens, linears, slots, dtype=torch.float32, device=device))
+
+    @classmethod
+    def join(cls, parts: Sequence[Chosen]) -> Chosen:
+        """The experts of parts of a pass, one after the other."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__))

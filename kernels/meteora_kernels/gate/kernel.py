@@ -191,18 +191,17 @@ def launch_choose(planes: Tensor | None, choice: GateChoice, tokens: int, linear
     if planes is not None and planes.dim() == 3:
         planes = planes[None]
     device = planes.device if planes is not None else _device(choice)
-    shape = (tokens, linears, choice.slots)
-    slots_TNK, local_TNK = (torch.empty(shape, dtype=torch.long, device=device) for _ in range(2))
-    weights_TNK = torch.empty(shape, dtype=torch.float32, device=device)
-    if not slots_TNK.numel():
-        return Chosen(slots_TNK, local_TNK, weights_TNK)
+    chosen = Chosen.unset(tokens, linears, choice.slots, device)
+    if not chosen.slots_TNK.numel():
+        return chosen
     experts = 1 if planes is None else planes.shape[-1]
     strides = (0, 0) if planes is None else (planes.stride(0), planes.stride(1))
     choose_kernel[tokens, linears](
-        planes, *strides, *choice_args(choice), slots_TNK, local_TNK, weights_TNK, experts, linears,
+        planes, *strides, *choice_args(choice), chosen.slots_TNK, chosen.local_TNK, chosen.weights_TNK, experts,
+        linears,
         K=choice.slots, PLANES=1 if planes is None else planes.shape[0], **pick_sizes(experts, choice.slots), **EXACT,
     )  # fmt: skip
-    return Chosen(slots_TNK, local_TNK, weights_TNK)
+    return chosen
 
 
 def _device(choice: GateChoice) -> torch.device:

@@ -17,7 +17,7 @@ EXPERTS_OF_A_PROGRAM = 16
 PAIRS_AT_ONCE = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def pair_order_kernel(ids_TNK, order_NP, start_NE, P, E, N, K: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr):
     """Grid (N, blocks of experts)."""
     n = tl.program_id(0)

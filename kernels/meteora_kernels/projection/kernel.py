@@ -35,7 +35,7 @@ def project_tile(x, weight, t, m, tokens, rows, H, s, LENGTH, PRECISION: tl.cons
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
     x, gate_PH, a_CH, out, tokens, P, C, H, LENGTH, GATE_PRECISION: tl.constexpr, SPLITS: tl.constexpr,
     PLANES: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,

@@ -13,7 +13,6 @@ Shapes: T tokens, N linears that share one input, K slots, H input width, O_n ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from meteora_kernels.gate.choice import Chosen, GateChoice
 from meteora_kernels.launch import Launch
 from meteora_kernels.pair_order.kernel import pair_order
 from meteora_kernels.projection.kernel import launch_project
+from meteora_kernels.routed_lora.deltas import Deltas
 from meteora_kernels.routed_lora.expand.kernel import launch_expand, launch_expand_back
 from meteora_kernels.routed_lora.outer.kernel import launch_outer
 from meteora_kernels.routed_lora.shrink.kernel import launch_route_shrink, launch_shrink
@@ -36,6 +36,8 @@ def fused(
 ) -> tuple[Chosen, tuple[Tensor, ...]]:
     """Routes a pass and computes its deltas in three launches, two where no token is gated; without gradients.
 
+    Where there are so many experts that logits take more memory than the deltas, tokens are served in parts.
+
     Args:
         x_TH: The linears' shared input.
         gate_PH: Their gates, fp32, rows by linear, then expert; None where no token is gated.
@@ -47,18 +49,46 @@ def fused(
     Returns:
         The chosen, and the N deltas [T, O_n] in x's dtype.
     """
-    out = _row_of_deltas(x_TH, stack)
+    x_TH, out = x_TH.contiguous(), Deltas.like(x_TH, stack.out_features)
+    if not out.tokens:
+        nobody = Chosen.unset(0, stack.num_linears, choice.slots, x_TH.device)
+        return nobody, out.by_linear(stack.out_features)
+    gates = 0 if gate_PH is None else gate_PH.shape[0]
+    size = tokens_at_once(x_TH, stack, gates, choice.slots, launch)
+    chosen = [
+        _fused_part(x_TH[first : first + size], gate_PH, choice.part(first, size), stack, tables, launch, out.at(first))
+        for first in range(0, out.tokens, size)
+    ]
+    return chosen[0] if len(chosen) == 1 else Chosen.join(chosen), out.by_linear(stack.out_features)
+
+
+def _fused_part(
+    x_TH: Tensor, gate_PH: Tensor | None, choice: GateChoice, stack: LoraStack, tables: Tables, launch: Launch,
+    out: Deltas,
+) -> Chosen:  # fmt: skip
     if stack.packed is not None:
         planes = launch_project(x_TH, gate_PH, stack.packed.a_CH, launch)
         chosen, scaled_TC = launch_route_scale(planes, choice, stack, tables)
         launch_expand_dense(scaled_TC, tables, out, stack.dtype, launch)
-    else:
-        planes = None if gate_PH is None else launch_project(x_TH, gate_PH, None, launch)
-        chosen, shrunk = launch_route_shrink(planes, choice, x_TH, tables, stack.max_rank, stack.dtype, launch)
-        launch_expand(
-            shrunk, tables, stack.scales_NE, chosen.local_TNK, chosen.weights_TNK, out, stack.dtype, launch
-        )  # fmt: skip
-    return chosen, _by_linear(out, x_TH.shape[0], stack.out_features)
+        return chosen
+    logits = None if gate_PH is None else launch_project(x_TH, gate_PH, None, launch)
+    chosen, shrunk = launch_route_shrink(logits, choice, x_TH, tables, stack.max_rank, stack.dtype, launch)
+    launch_expand(shrunk, tables, stack.scales_NE, chosen.local_TNK, chosen.weights_TNK, out, stack.dtype, launch)
+    return chosen
+
+
+def tokens_at_once(x_TH: Tensor, stack: LoraStack, gates: int, slots: int, launch: Launch) -> int:
+    """How many tokens may be served together for what lies between the launches to take no more than the deltas.
+
+    A few tokens always may: nothing they need is large.
+    """
+    if launch.planes > 1:
+        return x_TH.shape[0]
+    columns = 0 if stack.packed is None else stack.packed.a_CH.shape[0]
+    shrunk = 0 if columns else stack.num_linears * slots * stack.max_rank
+    extra = 4 * (gates + columns + shrunk) + columns * x_TH.element_size()
+    spare = x_TH.shape[0] * sum(stack.out_features) * x_TH.element_size()
+    return max(1, min(x_TH.shape[0], spare // max(extra, 1)))
 
 
 def routed_lora(
@@ -77,10 +107,10 @@ def routed_lora(
     x_TH, ids_TNK, weights_TNK = x_TH.contiguous(), ids_TNK.contiguous(), weights_TNK.contiguous()
     matrices = _matrices(stack)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x_TH, weights_TNK, *matrices)):
-        out: Tensor = _RoutedLora.apply(x_TH, weights_TNK, ids_TNK, stack, tables, launch, *matrices)
+        row: Tensor = _RoutedLora.apply(x_TH, weights_TNK, ids_TNK, stack, tables, launch, *matrices)  # type: ignore[no-untyped-call]
     else:
-        out = _forward(x_TH, stack, tables, ids_TNK, weights_TNK, launch)
-    return _by_linear(out, x_TH.shape[0], stack.out_features)
+        row = _forward(x_TH, stack, tables, ids_TNK, weights_TNK, launch)
+    return Deltas(row, x_TH.shape[0]).by_linear(stack.out_features)
 
 
 def shrink(x_TH: Tensor, stack: LoraStack, tables: Tables, ids_TNK: Tensor, launch: Launch) -> Tensor:
@@ -95,11 +125,11 @@ def expand(
 ) -> tuple[Tensor, ...]:
     """The deltas of the N linears, each [T, O_n], in the dtype of the matrices, from the ranks held here."""
     tokens = shrunk_TNKR.shape[0]
-    out = torch.empty(tokens * sum(stack.out_features), dtype=stack.dtype, device=shrunk_TNKR.device)
+    out = Deltas(torch.empty(tokens * sum(stack.out_features), dtype=stack.dtype, device=shrunk_TNKR.device), tokens)
     ids_TNK, weights_TNK = ids_TNK.contiguous(), weights_TNK.contiguous()
     planes = shrunk_TNKR.contiguous()[None]
     launch_expand(planes, tables, stack.scales_NE, ids_TNK, weights_TNK, out, stack.dtype, launch)
-    return _by_linear(out, tokens, stack.out_features)
+    return out.by_linear(stack.out_features)
 
 
 class _RoutedLora(torch.autograd.Function):
@@ -129,8 +159,8 @@ class _RoutedLora(torch.autograd.Function):
         grad_x = grad_weights = None
         if needs_x:
             grad_x = torch.empty_like(x_TH)
-            arguments = tables, stack.scales_NE, ids_TNK, weights_TNK, grad_x, stack.dtype, launch
-            launch_expand_back(u[None], *arguments)
+            out = Deltas(grad_x.view(-1), grad_x.shape[0])
+            launch_expand_back(u[None], tables, stack.scales_NE, ids_TNK, weights_TNK, out, stack.dtype, launch)
         if needs_weights:
             linears = torch.arange(stack.num_linears, device=ids_TNK.device)[:, None]
             scales_TNK = stack.scales_NE[linears, ids_TNK.clamp_min(0)].masked_fill(ids_TNK < 0, 0.0)
@@ -168,25 +198,22 @@ def _matrices(stack: LoraStack) -> list[Tensor]:
 def _forward(
     x_TH: Tensor, stack: LoraStack, tables: Tables, ids_TNK: Tensor, weights_TNK: Tensor, launch: Launch
 ) -> Tensor:
-    out = _row_of_deltas(x_TH, stack)
-    if not out.numel():
-        return out
-    if stack.packed is not None and ids_TNK.shape[-1]:
+    """One row of all deltas."""
+    out = Deltas.like(x_TH, stack.out_features)
+    size = tokens_at_once(x_TH, stack, 0, ids_TNK.shape[-1], launch)
+    for first in range(0, x_TH.shape[0], size):
+        rows = slice(first, first + size)
+        _forward_part(x_TH[rows], stack, tables, ids_TNK[rows], weights_TNK[rows], launch, out.at(first))
+    return out.row
+
+
+def _forward_part(
+    x_TH: Tensor, stack: LoraStack, tables: Tables, ids_TNK: Tensor, weights_TNK: Tensor, launch: Launch, out: Deltas
+) -> None:
+    if stack.packed is not None:
         planes = launch_project(x_TH, None, stack.packed.a_CH, launch)
         scaled_TC = launch_scale(planes, ids_TNK, weights_TNK, stack, tables)
         launch_expand_dense(scaled_TC, tables, out, stack.dtype, launch)
     else:
         planes = launch_shrink(x_TH, tables.a, ids_TNK, stack.max_rank, stack.dtype, launch, zeroed=False)
         launch_expand(planes, tables, stack.scales_NE, ids_TNK, weights_TNK, out, stack.dtype, launch)
-    return out
-
-
-def _row_of_deltas(x_TH: Tensor, stack: LoraStack) -> Tensor:
-    return torch.empty(x_TH.shape[0] * sum(stack.out_features), dtype=x_TH.dtype, device=x_TH.device)
-
-
-def _by_linear(row: Tensor, tokens: int, widths: Sequence[int]) -> tuple[Tensor, ...]:
-    ends = list(accumulate(widths))
-    return tuple(
-        row[tokens * (end - width) : tokens * end].view(tokens, width) for end, width in zip(ends, widths, strict=True)
-    )

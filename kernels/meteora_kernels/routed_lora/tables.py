@@ -69,7 +69,7 @@ class Tables:
         linear_J: For tiles of ``tile`` output features, over all linears one after the other: which linear, int32.
         first_J: The first feature of each tile, int32.
         tile: Output features of a tile.
-        address_N: Of each linear's packed B, int64; None for a stack that is not packed.
+        address_N: Of each linear's packed B, int64; nothing for a stack that is not packed.
         columns_N: Rows of it, int32.
         column_N: Rows of those before it, int32.
     """
@@ -79,9 +79,9 @@ class Tables:
     linear_J: Tensor
     first_J: Tensor
     tile: int
-    address_N: Tensor | None
-    columns_N: Tensor | None
-    column_N: Tensor | None
+    address_N: Tensor
+    columns_N: Tensor
+    column_N: Tensor
 
 
 def tables_of(stack: LoraStack, tile: int) -> Tables:
@@ -101,16 +101,17 @@ def tables_of(stack: LoraStack, tile: int) -> Tables:
 
     widths = stack.out_features
     tiles = [(n, first) for n, width in enumerate(widths) for first in range(0, width, tile)]
-    columns = None if stack.packed is None else [b_CO.shape[0] for b_CO in stack.packed.b_CO]
+    b_CO = stack.packed.b_CO if stack.packed else ()
+    columns = [matrix.shape[0] for matrix in b_CO]
     return Tables(
         a=_matrices(stack, lambda part: (part.a_RH, part.first_a), (stack.in_features,) * len(widths), True, table),
         b=_matrices(stack, lambda part: (part.b_RO, part.first_b), widths, False, table),
         linear_J=row([n for n, _ in tiles], torch.int32),
         first_J=row([first for _, first in tiles], torch.int32),
         tile=tile,
-        address_N=stack.packed and row([b_CO.data_ptr() for b_CO in stack.packed.b_CO], torch.int64),
-        columns_N=columns and row(columns, torch.int32),
-        column_N=columns and row([0, *accumulate(columns[:-1])], torch.int32),
+        address_N=row([matrix.data_ptr() for matrix in b_CO], torch.int64),
+        columns_N=row(columns, torch.int32),
+        column_N=row([sum(columns[:n]) for n in range(len(columns))], torch.int32),
     )
 
 
@@ -121,7 +122,7 @@ def _matrices(
     shared: bool,
     table: TableOf,
 ) -> Matrices:
-    held = [[None if expert[n] is None else of(expert[n]) for expert in stack.experts] for n in range(len(widths))]
+    held = [[of(part) if (part := expert[n]) else None for expert in stack.experts] for n in range(len(widths))]
     for row in held:
         for entry in row:
             assert entry is None or entry[0].is_contiguous(), "kernels read matrices row by row"

@@ -39,7 +39,8 @@ def expert_after(ids, last):
 
 def rank_block(matrices: Matrices) -> int:
     """BR: ranks a program holds at once."""
-    return min(max(16, triton.next_power_of_2(matrices.most_rows)), MOST_RANKS_AT_ONCE)
+    rows: int = triton.next_power_of_2(max(16, matrices.most_rows))
+    return min(rows, MOST_RANKS_AT_ONCE)
 
 
 def matrix_args(matrices: Matrices) -> tuple[Tensor, ...]:

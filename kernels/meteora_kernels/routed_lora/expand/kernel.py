@@ -20,7 +20,11 @@ from meteora_kernels.routed_lora.blocks.kernel import (
     matrix_args,
     rank_block,
 )
+from meteora_kernels.routed_lora.deltas import Deltas
 from meteora_kernels.routed_lora.tables import Matrices, Tables
+
+ONE_STAGE = {"num_stages": 1}
+"""Its product reads an operand from registers, which ptxas before 13.3 can get wrong in a pipelined loop on sm_90."""
 
 
 @triton.jit
@@ -43,11 +47,11 @@ def scaled_block(shrunk, plane_stride, place, mine, weights, scale, columns, hel
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "out_tokens", "out_first"])
 def expand_kernel(
     shrunk, ids_TNK, weights_TNK, scales_NE, address_NE, rows_NE, first_NE, width_N, start_N, linear_J, first_J, out,
-    tokens, E, N, R, K: tl.constexpr, KP: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr,
-    BO: tl.constexpr, TYPE: tl.constexpr,
+    out_tokens, out_first, tokens, E, N, R, K: tl.constexpr, KP: tl.constexpr, PLANES: tl.constexpr,
+    ROWS: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (token blocks, tiles of features). Without ``linear_J`` all linears add to one output."""
     lane = tl.arange(0, TILE_ROWS)
@@ -91,15 +95,15 @@ def expand_kernel(
             takes = tl.sum(mine.to(tl.int32), axis=1) > 0
             acc += tl.where(takes[:, None], part, 0.0)
             e = expert_after(ids, e)
-    spot = start * tokens + t.to(tl.int64)[:, None] * width + o[None, :]
+    spot = start * out_tokens + (out_first + t).to(tl.int64)[:, None] * width + o[None, :]
     tl.store(out + spot, acc.to(out.dtype.element_ty), mask=live[:, None] & (o < width)[None, :])
 
 
 def launch_expand(
-    planes: Tensor, tables: Tables, scales_NE: Tensor, ids_TNK: Tensor, weights_TNK: Tensor, out: Tensor,
+    planes: Tensor, tables: Tables, scales_NE: Tensor, ids_TNK: Tensor, weights_TNK: Tensor, out: Deltas,
     dtype: torch.dtype, launch: Launch,
 ) -> None:  # fmt: skip
-    """Writes the deltas of all linears into ``out``, one [T, O_n] after the other in one row.
+    """Writes the deltas of all linears into ``out``.
 
     Args:
         planes: Of the shrunk inputs, [L, T, N, K, R].
@@ -107,7 +111,7 @@ def launch_expand(
         scales_NE: Their scales.
         ids_TNK: Expert of every slot.
         weights_TNK: Weight of every slot, fp32.
-        out: One row of T * (O_1 + ... + O_N) numbers.
+        out: Theirs.
         dtype: Of the matrices.
         launch: How.
     """
@@ -116,24 +120,25 @@ def launch_expand(
 
 
 def launch_expand_back(
-    planes: Tensor, tables: Tables, scales_NE: Tensor, ids_TNK: Tensor, weights_TNK: Tensor, out_TH: Tensor,
+    planes: Tensor, tables: Tables, scales_NE: Tensor, ids_TNK: Tensor, weights_TNK: Tensor, out: Deltas,
     dtype: torch.dtype, launch: Launch,
 ) -> None:  # fmt: skip
-    """Writes dL/dx of the shared input into ``out_TH``, from planes of u; the others as in ``launch_expand``."""
-    _expand(planes, tables.a, scales_NE, ids_TNK, weights_TNK, out_TH, dtype, launch, (None, None), launch.outputs)
+    """Writes dL/dx of the shared input into ``out``, from planes of u; the others as in ``launch_expand``."""
+    _expand(planes, tables.a, scales_NE, ids_TNK, weights_TNK, out, dtype, launch, (None, None), launch.outputs)
 
 
 def _expand(
-    planes: Tensor, matrices: Matrices, scales_NE: Tensor, ids_TNK: Tensor, weights_TNK: Tensor, out: Tensor,
+    planes: Tensor, matrices: Matrices, scales_NE: Tensor, ids_TNK: Tensor, weights_TNK: Tensor, out: Deltas,
     dtype: torch.dtype, launch: Launch, tiles: tuple[Tensor | None, Tensor | None], tile: int,
 ) -> None:  # fmt: skip
     tokens, linears, slots = ids_TNK.shape
     count = triton.cdiv(matrices.widths[0], tile) if tiles[0] is None else tiles[0].numel()
-    if not out.numel():
+    if not tokens:
         return
     expand_kernel[triton.cdiv(tokens, launch.rows), count](
-        planes, ids_TNK, weights_TNK, scales_NE, *matrix_args(matrices), *tiles, out, tokens,
+        planes, ids_TNK, weights_TNK, scales_NE, *matrix_args(matrices), *tiles, out.row, out.tokens,
+        out.first, tokens,
         matrices.rows_NE.shape[1], linears, planes.shape[-1], K=slots, KP=triton.next_power_of_2(slots),
         PLANES=planes.shape[0], ROWS=launch.rows, BR=rank_block(matrices), BO=tile, TYPE=TYPES[dtype],
-        **launch.options,
+        **launch.options | ONE_STAGE,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from meteora_kernels.routed_lora.blocks.kernel import rank_block
 from meteora_kernels.routed_lora.tables import Matrices
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def outer_kernel(
     shrunk, x, weights_TNK, scales_NE, order_NP, start_NE, rows_NE, first_NE, offset_NE, width_N, start_N, out, tokens,
     E, N, R, K: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr,

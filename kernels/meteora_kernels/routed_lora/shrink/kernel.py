@@ -76,7 +76,7 @@ def shrink_block(
         e = expert_after(ids, e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def shrink_kernel(
     x, ids_TNK, address_NE, rows_NE, first_NE, width_N, start_N, out, tokens, E, N, R,
     K: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr,
@@ -89,7 +89,7 @@ def shrink_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_shrink_kernel(
     planes, plane_stride, row_stride, auto_T, top_k_T, temperature_T, ids_TK, weights_TK, prototype_E, absent_N,
     slot_E, local_G, slots_out, local_out, weights_out, gate_experts,
@@ -162,18 +162,16 @@ def launch_route_shrink(
         launch: How.
     """
     tokens, linears, slots = x_TH.shape[0], len(tables.b.widths), choice.slots
-    shape = tokens, linears, slots
-    slots_TNK, local_TNK = (torch.empty(shape, dtype=torch.long, device=x_TH.device) for _ in range(2))
-    weights_TNK = torch.empty(shape, dtype=torch.float32, device=x_TH.device)
-    out = torch.empty(launch.planes, *shape, rank, dtype=torch.float32, device=x_TH.device)
+    chosen = Chosen.unset(tokens, linears, slots, x_TH.device)
+    out = torch.empty(launch.planes, tokens, linears, slots, rank, dtype=torch.float32, device=x_TH.device)
     experts = 1 if planes is None else planes.shape[-1] // linears
     strides = (0, 0) if planes is None else (planes.stride(0), planes.stride(1))
     grid = triton.cdiv(tokens, launch.rows), linears, launch.planes
     route_shrink_kernel[grid](
-        planes, *strides, *choice_args(choice), slots_TNK, local_TNK, weights_TNK, experts, x_TH,
+        planes, *strides, *choice_args(choice), chosen.slots_TNK, chosen.local_TNK, chosen.weights_TNK, experts, x_TH,
         *matrix_args(tables.a), out, tokens, tables.a.rows_NE.shape[1], linears, rank, K=slots,
         LOGIT_PLANES=1 if planes is None else planes.shape[0], SPLITS=launch.splits, PLANES=launch.planes,
         ROWS=launch.rows, BR=rank_block(tables.a), BH=launch.inputs, TYPE=TYPES[dtype],
         **pick_sizes(experts, slots), **launch.options,
     )  # fmt: skip
-    return Chosen(slots_TNK, local_TNK, weights_TNK), out
+    return chosen, out
