@@ -25,7 +25,7 @@ from tests.support.tiny import LAYERS, SPECS, VOCABULARY, load_tiny_llama
 EXPERTS = len(SPECS)
 MIXED = [RoutingChoice(top_k=1), BASE, named(1), RoutingChoice(mode="fixed", experts=((3, 0.6), (1, 0.4)))]
 AUTO = [RoutingChoice(temperature=2.0)]
-PROMPT = 8
+PROMPT = 4
 IDS_1L = torch.randint(VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(1))
 REGIMES = pytest.mark.parametrize("dense_columns", [512, 0], ids=["dense", "grouped"])
 
@@ -33,7 +33,7 @@ REGIMES = pytest.mark.parametrize("dense_columns", [512, 0], ids=["dense", "grou
 @contextmanager
 def on_kernels(dense_columns: int) -> Iterator[None]:
     """As on a GPU, with small tiles for a small model."""
-    small = replace(tiles_of("cpu"), dense_columns=dense_columns, splits=2, inputs=16, outputs=32, few_tokens=8)
+    small = replace(tiles_of("cpu"), dense_columns=dense_columns, splits=2, inputs=16, outputs=32, few_tokens=2)
     with patch.object(plan, "runs_kernels", lambda device: True), patch.object(plan, "tiles_of", lambda device: small):
         yield
 
@@ -100,10 +100,10 @@ def test_a_layer_takes_twelve_launches_beside_the_base_model(
 ) -> None:
     with on_kernels(dense_columns):
         routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
-        step = plan_step(choices, [8 // len(choices)] * len(choices), EXPERTS, 2)
+        step = plan_step(choices, [PROMPT // len(choices)] * len(choices), EXPERTS, 2)
         routed.context.step = step
         for group in routed.groups:
-            x_TH = torch.randn(8, group.shape.in_features)
+            x_TH = torch.randn(PROMPT, group.shape.in_features)
             with torch.no_grad(), launches() as seen:
                 group(x_TH)
             assert len(seen) <= 3, seen
@@ -114,13 +114,13 @@ def test_the_base_product_takes_the_delta_in(tiny_base: Path, tiny_bank: Bank) -
     # A routed linear multiplies as often as a plain one: once, with the delta as what it adds to.
     with on_kernels(512):
         routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
-        routed.context.step = plan_step(AUTO, [8], EXPERTS, 2)
+        routed.context.step = plan_step(AUTO, [PROMPT], EXPERTS, 2)
         down = routed.model.get_submodule("model.layers.0.mlp.down_proj")
-        x_1TH = torch.randn(1, 8, routed.groups[3].shape.in_features)
+        x_1TH = torch.randn(1, PROMPT, routed.groups[3].shape.in_features)
         with torch.no_grad(), launches() as seen:
             y_1TO = down(x_1TH)
         assert seen[3:] == ["aten.addmm_.default"], seen
-        routed.context.step = plan_step(AUTO, [8], EXPERTS, 2)
+        routed.context.step = plan_step(AUTO, [PROMPT], EXPERTS, 2)
     with torch.no_grad():
         torch.testing.assert_close(y_1TO, down(x_1TH), rtol=1e-4, atol=1e-4)
 
@@ -129,7 +129,7 @@ def test_gates_learn_through_kernels(tiny_base: Path, tiny_bank: Bank) -> None:
     def gradients() -> list[Tensor]:
         routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
         gates = [gate.requires_grad_() for group in routed.groups for gate in group.state.gates]
-        with routed.context.routed(plan_step(AUTO, [8], EXPERTS, 2)):
+        with routed.context.routed(plan_step(AUTO, [PROMPT], EXPERTS, 2)):
             routed.model(IDS_1L, use_cache=False).logits.square().mean().backward()
         return [gate.grad for gate in gates if gate.grad is not None]
 

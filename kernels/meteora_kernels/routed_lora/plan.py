@@ -133,6 +133,22 @@ def fused(x_TH: Tensor, gate_PH: Tensor, choice: GateChoice, stack: LoraStack) -
     return operators.fused(x_TH, gates, choice, stack, _tables(stack), _launch(x_TH))
 
 
+def permute(
+    x_TH: Tensor, local_DTNK: Tensor, weights_TNK: Tensor, position_DT: Tensor, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of an exchange where kernels run. Arguments as in ``permute_reference``."""
+    from meteora_kernels.permute.kernel import permute
+
+    return permute(x_TH, local_DTNK, weights_TNK, position_DT, rows)
+
+
+def unpermute(rows_SO: Tensor, position_DT: Tensor, tokens: int) -> Tensor:
+    """Sums of what came back of an exchange where kernels run. Arguments as in ``unpermute_reference``."""
+    from meteora_kernels.permute.kernel import unpermute
+
+    return unpermute(rows_SO, position_DT, tokens)
+
+
 def _launch(x: Tensor) -> Launch:
     return launch_of(x.shape[0], tiles_of(device_name(x.device)))
 
