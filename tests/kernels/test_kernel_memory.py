@@ -1,4 +1,4 @@
-"""What the operators allocate at 4,096 tokens, whatever the number of experts; kernels are not run for that."""
+"""What the operators allocate and launch at 4,096 tokens, with many experts; kernels are not run for that."""
 
 from __future__ import annotations
 
@@ -62,3 +62,17 @@ def test_between_the_launches_is_at_most_twice_the_output(experts: int, dense: b
     output = sum(delta.nbytes for delta in deltas)
     assert peak.now >= output
     assert peak.highest - output <= 2 * output
+
+
+@pytest.mark.parametrize("gates", [28, 1024])
+def test_prefill_takes_three_launches(gates: int) -> None:
+    # q, k and v of Llama-3.1-8B in bfloat16; as many tokens as a prefill brings.
+    part = [LoraPart(torch.zeros(8, 4096).bfloat16(), torch.zeros(8, o).bfloat16(), 1.0, 8) for o in (4096, 1024, 1024)]
+    pairs = stack([tuple(part)] * gates, 4096, (4096, 1024, 1024), torch.bfloat16)
+    tiles = tiles_of(DEFAULT)
+    x_TH, gate_PH = torch.zeros(TOKENS, 4096, dtype=torch.bfloat16), torch.zeros(3 * gates, 4096)
+    launched: list[str] = []
+    with patch.object(GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__)):
+        tables = tables_of(pairs, tiles.outputs)
+        operators.fused(x_TH, gate_PH, GateChoice(2), pairs, tables, launch_of(TOKENS, tiles))
+    assert launched == ["project_kernel", "route_shrink_kernel", "expand_kernel"]

@@ -31,9 +31,10 @@ REGIMES = pytest.mark.parametrize("dense_columns", [512, 0], ids=["dense", "grou
 
 
 @contextmanager
-def on_kernels(dense_columns: int) -> Iterator[None]:
+def on_kernels(dense_columns: int, few_tokens: int = 2) -> Iterator[None]:
     """As on a GPU, with small tiles for a small model."""
-    small = replace(tiles_of("cpu"), dense_columns=dense_columns, splits=2, inputs=16, outputs=32, few_tokens=2)
+    sizes = {"dense_columns": dense_columns, "few_tokens": few_tokens}
+    small = replace(tiles_of("cpu"), splits=2, inputs=16, outputs=32, **sizes)
     with patch.object(plan, "runs_kernels", lambda device: True), patch.object(plan, "tiles_of", lambda device: small):
         yield
 
@@ -98,7 +99,7 @@ def launches() -> Iterator[list[str]]:
 def test_a_layer_takes_twelve_launches_beside_the_base_model(
     tiny_base: Path, tiny_bank: Bank, dense_columns: int, choices: list[RoutingChoice]
 ) -> None:
-    with on_kernels(dense_columns):
+    with on_kernels(dense_columns, PROMPT):
         routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
         step = plan_step(choices, [PROMPT // len(choices)] * len(choices), EXPERTS, 2)
         routed.context.step = step
@@ -112,7 +113,7 @@ def test_a_layer_takes_twelve_launches_beside_the_base_model(
 
 def test_the_base_product_takes_the_delta_in(tiny_base: Path, tiny_bank: Bank) -> None:
     # A routed linear multiplies as often as a plain one: once, with the delta as what it adds to.
-    with on_kernels(512):
+    with on_kernels(512, PROMPT):
         routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
         routed.context.step = plan_step(AUTO, [PROMPT], EXPERTS, 2)
         down = routed.model.get_submodule("model.layers.0.mlp.down_proj")
