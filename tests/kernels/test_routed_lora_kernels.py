@@ -89,6 +89,19 @@ def test_operator_equals_the_loop(
     compare(tokens, experts, ranks, slots, kind, regime, launch)
 
 
+@REGIMES
+def test_half_precision(regime: str) -> None:
+    g = torch.Generator().manual_seed(6)
+    stack = random_stack(g, 4, (4, 17), in_features=40, dtype=torch.float16)
+    ids_TNK, weights_TNK = traffic("holes", 9, 2, 2, 4, g)
+    x_TH = torch.randn(9, 40, generator=g).half()
+    expected = routed_lora_reference(x_TH, stack, ids_TNK, weights_TNK)
+    actual = gpu(x_TH, laid_out(stack, regime), ids_TNK, weights_TNK, MANY)
+    for delta_TO, expected_TO in zip(actual, expected, strict=True):
+        assert delta_TO.dtype == torch.float16
+        assert (delta_TO.float() - expected_TO).norm() <= 2e-3 * expected_TO.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_operator_equals_the_loop_over_the_full_product() -> None:
