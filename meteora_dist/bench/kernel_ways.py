@@ -4,7 +4,8 @@
     one LoRA  a fixed expert on every linear, as PEFT computes it: nothing is routed
     gather    as the MeteoRA reference does: the A and B of every (token, slot) copied, then two batched products
     loop      as the MeteoRA reference trains: expert by expert, those of its tokens
-    routed    ours: routed linears as they serve
+    routed    ours: routed linears, each beside its plain one
+    served    ours on a CPU: as inference runs them there, with packed weights
 
 Shapes: T tokens, N linears of a group, H input width, O output width, E experts, K active ones, R rank.
 """
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from meteora_dist.model.fast_layers import FusedLinears
+from meteora_dist.model.packed import can_pack
 from meteora_dist.moe.dispatcher import LocalDispatcher, targets_of
 from meteora_dist.moe.experts import stack_experts
 from meteora_dist.moe.layer import GroupState, RoutedGroup, RoutedLinear, RoutingContext, SharedDeltas
 from meteora_dist.moe.placement import contiguous
-from meteora_dist.moe.routing import RoutingChoice, plan_step
+from meteora_dist.moe.routing import RoutingChoice, StepRouting, plan_step
 from meteora_dist.moe.sharding import GroupShape
 from meteora_dist.planning.shapes import ModelShape
 from meteora_kernels.routed_lora.plan import located
@@ -104,14 +107,18 @@ class BankLayer:
 
 
 def ways_of(layer: BankLayer, tokens: int, top_k: int) -> dict[str, Way]:
-    """Every way, ready to run on ``tokens`` tokens."""
-    return {
+    """Every way that there is on this device, ready to run on ``tokens`` tokens."""
+    ways = {
         "base": lambda inputs: _each(layer, inputs, lambda part, x_TH: part.base(x_TH)),
         "one LoRA": lambda inputs: _each(layer, inputs, _one_lora),
         "gather": lambda inputs: _each(layer, inputs, lambda part, x_TH: _gather(part, x_TH, top_k)),
         "loop": lambda inputs: _each(layer, inputs, lambda part, x_TH: _loop(part, x_TH, top_k)),
         "routed": _routed(layer, tokens, top_k),
     }
+    weight = layer.groups[0][0].base.weight
+    if weight.device.type == "cpu" and can_pack(weight.dtype):
+        ways["served"] = _served(layer, tokens, top_k)
+    return ways
 
 
 def _each(layer: BankLayer, inputs: Sequence[Tensor], one: Callable[[BankLinear, Tensor], Tensor]) -> list[Tensor]:
@@ -151,23 +158,42 @@ def _loop(part: BankLinear, x_TH: Tensor, top_k: int) -> Tensor:
 
 
 def _routed(layer: BankLayer, tokens: int, top_k: int) -> Way:
-    context = RoutingContext(tuple(f"expert-{e}" for e in range(layer.experts)))
-    device = layer.groups[0][0].base.weight.device
-    shared = [
-        SharedDeltas(_group(group, names, context)) for group, names in zip(layer.groups, layer.names, strict=True)
-    ]
-    linears = [
-        [RoutedLinear(part.base, deltas, index) for index, part in enumerate(group)]
-        for group, deltas in zip(layer.groups, shared, strict=True)
-    ]
-    with torch.device(device):
-        step = plan_step([RoutingChoice(top_k=top_k)], [tokens], layer.experts, min(top_k, layer.experts))
+    context, linears = _linears(layer)
+    step = _step(layer, tokens, top_k)
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
         with context.routed(step):
             return [one(x_TH) for group, x_TH in zip(linears, inputs, strict=True) for one in group]
 
     return run
+
+
+def _served(layer: BankLayer, tokens: int, top_k: int) -> Way:
+    context, linears = _linears(layer)
+    step = _step(layer, tokens, top_k)
+    fused = [FusedLinears(group) for group in linears]
+    widths = [[part.base.out_features for part in group] for group in layer.groups]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with context.routed(step):
+            outputs = [one(x_TH) for one, x_TH in zip(fused, inputs, strict=True)]
+        return [y_TO for y_TY, parts in zip(outputs, widths, strict=True) for y_TO in y_TY.split(parts, dim=1)]
+
+    return run
+
+
+def _step(layer: BankLayer, tokens: int, top_k: int) -> StepRouting:
+    with torch.device(layer.groups[0][0].base.weight.device):
+        return plan_step([RoutingChoice(top_k=top_k)], [tokens], layer.experts, min(top_k, layer.experts))
+
+
+def _linears(layer: BankLayer) -> tuple[RoutingContext, list[list[RoutedLinear]]]:
+    context = RoutingContext(tuple(f"expert-{e}" for e in range(layer.experts)))
+    linears = []
+    for group, names in zip(layer.groups, layer.names, strict=True):
+        shared = SharedDeltas(_group(group, names, context))
+        linears.append([RoutedLinear(part.base, shared, index) for index, part in enumerate(group)])
+    return context, linears
 
 
 def _group(group: Sequence[BankLinear], names: tuple[str, ...], context: RoutingContext) -> RoutedGroup:
