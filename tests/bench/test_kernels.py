@@ -66,7 +66,7 @@ def test_rows_of_a_run() -> None:
     assert all(row.milliseconds > 0 and row.floor_share > 0 for row in rows)
 
 
-SIZES = Sizes(width=24, outputs=(32, 20), banks=(((4,), 3), ((4, 17, 1), 6)), tokens=(1, 3))
+SIZES = Sizes(width=24, outputs=(20,), banks=(((4,), 3), ((4, 17, 1), 6)), tokens=(1, 3))
 
 
 def test_checks_pass_on_the_interpreter() -> None:

@@ -36,7 +36,7 @@ def assert_same(actual: Chosen, expected: Chosen) -> None:
     torch.testing.assert_close(actual.weights_TNK, expected.weights_TNK, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "slots"), [(1, 1, 1), (17, 3, 2), (5, 28, 28), (7, 300, 3), (3, 3, 4)])
+@pytest.mark.parametrize(("tokens", "experts", "slots"), [(1, 1, 1), (17, 3, 2), (2, 28, 28), (3, 300, 3), (3, 3, 4)])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_kernel_equals_the_twin(tokens: int, experts: int, slots: int, per_token: bool) -> None:
     g = torch.Generator().manual_seed(experts)

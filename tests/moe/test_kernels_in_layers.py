@@ -47,9 +47,11 @@ def forward(routed: RoutedModel, choices: list[RoutingChoice], trace: bool = Fal
     return logits if step.shares_TE is None else torch.cat([logits, step.shares_TE], dim=-1)
 
 
-@REGIMES
-@pytest.mark.parametrize("choices", [AUTO, MIXED], ids=["auto", "mixed"])
-@pytest.mark.parametrize("trace", [False, True], ids=["plain", "traced"])
+@pytest.mark.parametrize(
+    ("dense_columns", "choices", "trace"),
+    [(512, AUTO, False), (0, MIXED, False), (512, MIXED, True), (0, AUTO, True)],
+    ids=["dense-auto", "grouped-mixed", "dense-mixed-traced", "grouped-auto-traced"],
+)
 def test_model_on_kernels_equals_torch(
     tiny_base: Path, tiny_bank: Bank, dense_columns: int, choices: list[RoutingChoice], trace: bool
 ) -> None:
@@ -66,7 +68,8 @@ class _Launches(TorchDispatchMode):
     """Counts what a GPU would be given to do: kernels of ours, and torch operators that compute or copy."""
 
     FREE = ("aten.empty", "aten.view", "aten.t.", "aten._unsafe_view", "aten.slice", "aten.split", "aten.select",
-            "aten.unbind", "aten.detach", "aten.as_strided", "aten.new_empty", "aten.expand", "aten.alias")  # fmt: skip
+            "aten.unbind", "aten.detach", "aten.as_strided", "aten.new_empty", "aten.expand", "aten.alias",
+            "aten.permute")  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ def test_a_layer_takes_twelve_launches_beside_the_base_model(
         routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
         step = plan_step(choices, [PROMPT // len(choices)] * len(choices), EXPERTS, 2)
         routed.context.step = step
-        for group in routed.groups:
+        for group in routed.groups[:4]:
             x_TH = torch.randn(PROMPT, group.shape.in_features)
             with torch.no_grad(), launches() as seen:
                 group(x_TH)
@@ -129,7 +132,9 @@ def test_the_base_product_takes_the_delta_in(tiny_base: Path, tiny_bank: Bank) -
 def test_gates_learn_through_kernels(tiny_base: Path, tiny_bank: Bank) -> None:
     def gradients() -> list[Tensor]:
         routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
-        gates = [gate.requires_grad_() for group in routed.groups for gate in group.state.gates]
+        decoder = routed.model.get_decoder()
+        decoder.layers = decoder.layers[:1]
+        gates = [gate.requires_grad_() for group in routed.groups[:4] for gate in group.state.gates]
         with routed.context.routed(plan_step(AUTO, [PROMPT], EXPERTS, 2)):
             routed.model(IDS_1L, use_cache=False).logits.square().mean().backward()
         return [gate.grad for gate in gates if gate.grad is not None]
@@ -137,6 +142,6 @@ def test_gates_learn_through_kernels(tiny_base: Path, tiny_bank: Bank) -> None:
     wanted = gradients()
     with on_kernels(0):
         found = gradients()
-    assert len(found) == len(wanted) == 4 * LAYERS
+    assert len(found) == len(wanted) == 4
     for actual, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)

@@ -78,7 +78,7 @@ def _fused_part(
 
 
 def tokens_at_once(x_TH: Tensor, stack: LoraStack, gates: int, slots: int, launch: Launch) -> int:
-    """How many tokens may be served together for what lies between the launches to take no more than the deltas.
+    """How many tokens may be served together: what lies between the launches may take half more than the deltas.
 
     A few tokens always may: nothing they need is large.
     """
@@ -87,7 +87,7 @@ def tokens_at_once(x_TH: Tensor, stack: LoraStack, gates: int, slots: int, launc
     columns = 0 if stack.packed is None else stack.packed.a_CH.shape[0]
     shrunk = 0 if columns else stack.num_linears * slots * stack.max_rank
     extra = 4 * (gates + columns + shrunk) + columns * x_TH.element_size()
-    spare = x_TH.shape[0] * sum(stack.out_features) * x_TH.element_size()
+    spare = 3 * x_TH.shape[0] * sum(stack.out_features) * x_TH.element_size() // 2
     return max(1, min(x_TH.shape[0], spare // max(extra, 1)))
 
 
