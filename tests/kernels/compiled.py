@@ -21,6 +21,7 @@ from meteora_kernels.gate.choice import GateChoice
 from meteora_kernels.gate.kernel import choose
 from meteora_kernels.launch import DEFAULT, launch_of, tiles_of
 from meteora_kernels.pair_order.kernel import pair_order
+from meteora_kernels.permute.kernel import permute, unpermute
 from meteora_kernels.routed_lora.dense import pack
 from meteora_kernels.routed_lora.operators import fused, routed_lora
 from meteora_kernels.routed_lora.outer.kernel import launch_outer
@@ -115,6 +116,9 @@ def _launch(stack: LoraStack, tokens: int) -> None:
     order = pair_order(ids_TNK, stack.num_experts)
     shrunk = torch.zeros(tokens, 2, 2, stack.max_rank)
     launch_outer(shrunk, x_TH.detach(), tables.a, stack.scales_NE, weights_TNK.detach(), order, launch)
+    local_DTNK, position_DT = ids_TNK.expand(2, *ids_TNK.shape), torch.zeros(2, tokens, dtype=torch.long)
+    rows_SH, _, _ = permute(x_TH.detach(), local_DTNK, weights_TNK.detach(), position_DT, 2 * tokens)
+    unpermute(rows_SH, position_DT, tokens)
     logits_TNE = torch.zeros(tokens, 2, stack.num_experts, requires_grad=True)
     for choice in (GateChoice(2), replace(mixed, slot_E=None, local_G=None, ids_TK=None, weights_TK=None)):
         choose(logits_TNE, choice, tokens, 2).weights_TNK.sum().backward()

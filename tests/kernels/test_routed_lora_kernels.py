@@ -15,7 +15,7 @@ from meteora_kernels.launch import Launch
 from meteora_kernels.routed_lora import operators
 from meteora_kernels.routed_lora.dense import pack
 from meteora_kernels.routed_lora.reference import routed_lora_reference, shrink_reference
-from meteora_kernels.routed_lora.stack import LoraPart, LoraStack
+from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, stack
 from meteora_kernels.routed_lora.tables import tables_of
 from tests.kernels.gpu_cases import FEW, MANY, random_stack, traffic
 
@@ -87,6 +87,31 @@ def test_operator_equals_the_loop(
     tokens: int, experts: int, ranks: tuple[int, ...], slots: int, kind: str, regime: str, launch: Launch
 ) -> None:
     compare(tokens, experts, ranks, slots, kind, regime, launch)
+
+
+@pytest.mark.parametrize("missing", [[], [(None, None), (None, None)]], ids=["nobody", "nothing"])
+@REGIMES
+def test_a_stack_without_pairs_adds_nothing(missing: list[Expert], regime: str) -> None:
+    empty = stack(missing, 12, (8, 40), torch.float32)
+    if missing:
+        empty = laid_out(empty, regime)
+    ids_TNK, weights_TNK = torch.full((3, 2, 1), -1), torch.zeros(3, 2, 1)
+    for launch in (FEW, MANY):
+        deltas = gpu(torch.ones(3, 12), empty, ids_TNK, weights_TNK, launch)
+        assert [tuple(delta_TO.shape) for delta_TO in deltas] == [(3, 8), (3, 40)]
+        assert all(bool((delta_TO == 0).all()) for delta_TO in deltas)
+
+
+@REGIMES
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_tokens_bring_no_rows(regime: str, tokens: int) -> None:
+    pairs = laid_out(random_stack(torch.Generator().manual_seed(8), 3, (4,)), regime)
+    ids_TNK, weights_TNK = torch.zeros(tokens, 2, 1, dtype=torch.long), torch.ones(tokens, 2, 1)
+    x_TH, gate_PH = torch.ones(tokens, pairs.in_features), torch.ones(6, pairs.in_features)
+    assert [delta_TO.shape[0] for delta_TO in gpu(x_TH, pairs, ids_TNK, weights_TNK, FEW)] == [tokens] * 2
+    chosen, deltas = operators.fused(x_TH, gate_PH, GateChoice(1), pairs, tables_of(pairs, 32), FEW)
+    assert chosen.slots_TNK.tolist() == ids_TNK.tolist()
+    assert [delta_TO.shape[0] for delta_TO in deltas] == [tokens] * 2
 
 
 @REGIMES

@@ -83,7 +83,7 @@ def tokens_at_once(x_TH: Tensor, stack: LoraStack, gates: int, slots: int, launc
     A few tokens always may: nothing they need is large.
     """
     if launch.planes > 1:
-        return x_TH.shape[0]
+        return max(1, x_TH.shape[0])
     columns = 0 if stack.packed is None else stack.packed.a_CH.shape[0]
     shrunk = 0 if columns else stack.num_linears * slots * stack.max_rank
     extra = 4 * (gates + columns + shrunk) + columns * x_TH.element_size()

@@ -94,7 +94,7 @@ def tables_of(stack: LoraStack, tile: int) -> Tables:
     device = stack.scales_NE.device
 
     def table(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(rows, dtype=dtype).view(stack.num_linears, -1).to(device)
+        return torch.tensor(rows, dtype=dtype).view(len(rows), len(rows[0])).to(device)
 
     def row(values: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device)
