@@ -1,7 +1,7 @@
 """Which regime and which operators serve a stack: a pure function of its size, the pass and the device, by a table.
 
 The regime depends on the stack alone: a token's result must not depend on how many others there are. On a GPU the
-operators are Triton kernels, elsewhere torch. Triton is imported where kernels run, and only there.
+operators are Triton kernels, elsewhere torch. Kernels are imported where they run, and only there.
 
 Shapes: T tokens, N linears that share one input, K slots, E experts, P = N * E gate rows.
 """
