@@ -11,6 +11,8 @@ import pytest
 # before any test imports torch or transformers; the cache is fixed now because tests replace HOME
 os.environ.setdefault("METEORA_CACHE", str(Path.home() / ".cache" / "meteora"))
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
+# Triton reads it when it is imported, wherever that happens; with a GPU, TRITON_INTERPRET=0 compiles the kernels.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 

@@ -48,6 +48,7 @@ COMMANDS = (
     Command(("bench", "prefill"), "meteora_dist.cli.bench_speed", "prefill", "Measure how long prompts take."),
     Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
     Command(("bench", "capacity"), "meteora_dist.cli.bench", "capacity", "Measure what the ranks of a mesh hold."),
+    Command(("bench", "kernels"), "meteora_dist.cli.bench_kernels", "kernels", "Measure what routing costs a layer."),
     Command(("bench", "serve"), "meteora_dist.cli.bench_serve", "serve", "Send load to any OpenAI endpoint."),
     Command(
         ("bench", "load"), "meteora_dist.cli.bench_local", "load", "Load a local service: errors, memory, refusals."

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from meteora_dist.moe.placement import Placement
 from meteora_dist.moe.routing import NO_EXPERT
 from meteora_dist.moe.wire import ExchangeKind, Wire
+from meteora_kernels.routed_lora import plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,14 @@ class Exchange:
             stands once for each.
         sent: Rows sent to each rank.
         received: Rows received from each rank.
+        position_DT: Which of the rows sent to each rank is which token's, -1 for none; None where no kernels run.
     """
 
     tokens: int
     token_S: Tensor
     sent: tuple[int, ...]
     received: tuple[int, ...]
+    position_DT: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +133,20 @@ class AllToAllDispatcher:
         local_DTNK = local_of(slots_TNK, targets_DG)
         wanted_DT = (local_DTNK >= 0).flatten(2).any(-1)
         rank_S, token_S = wanted_DT.nonzero().unbind(1)
-        ids_SNK = local_DTNK[rank_S, token_S]
-        weights_SNK = torch.where(ids_SNK >= 0, weights_TNK[token_S].float(), 0.0)
-        outgoing_S = x_TH[token_S], ids_SNK.int(), weights_SNK
+        position_DT = None
+        if plan.runs_kernels(x_TH.device):
+            places_DT = wanted_DT.flatten().cumsum(0).view_as(wanted_DT) - 1
+            position_DT = torch.where(wanted_DT, places_DT, -1)
+            outgoing_S = plan.permute(x_TH, local_DTNK, weights_TNK, position_DT, len(token_S))
+        else:
+            ids_SNK = local_DTNK[rank_S, token_S]
+            weights_SNK = torch.where(ids_SNK >= 0, weights_TNK[token_S].float(), 0.0)
+            outgoing_S = x_TH[token_S], ids_SNK.int(), weights_SNK
 
         sent, received = self._sizes(wanted_DT.sum(1))
         payload_MB = self._exchange("dispatch", pack(outgoing_S), sent, received)
         rows_MH, ids_MNK, weights_MNK = unpack(payload_MB, outgoing_S)
-        exchange = Exchange(x_TH.shape[0], token_S, sent, received)
+        exchange = Exchange(x_TH.shape[0], token_S, sent, received, position_DT)
         return Dispatched(rows_MH, ids_MNK.long(), weights_MNK, exchange)
 
     def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
@@ -145,6 +154,8 @@ class AllToAllDispatcher:
         assert exchange is not None, "combine needs the exchange of its own dispatch"
         widths = [delta_MO.shape[1] for delta_MO in deltas_MO]
         incoming_SO = self._exchange("combine", torch.cat(deltas_MO, dim=1), exchange.received, exchange.sent)
+        if exchange.position_DT is not None:
+            return torch.split(plan.unpermute(incoming_SO, exchange.position_DT, exchange.tokens), widths, dim=1)
         combined_TO = incoming_SO.new_zeros(exchange.tokens, incoming_SO.shape[1])
         # Rank by rank, because a token occurs once a rank: on a GPU a sum over repeated rows has no fixed order.
         for tokens, rows in zip(exchange.token_S.split(exchange.sent), incoming_SO.split(exchange.sent), strict=True):

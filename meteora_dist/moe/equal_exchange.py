@@ -26,6 +26,7 @@ from meteora_dist.moe.dispatcher import (
 from meteora_dist.moe.routing import NO_EXPERT
 from meteora_dist.moe.swap import Parts, Swap
 from meteora_dist.moe.wire import ExchangeKind, Wire
+from meteora_kernels.routed_lora import plan
 
 
 class EqualDispatcher:
@@ -55,15 +56,10 @@ class EqualDispatcher:
         tokens, capacity = x_TH.shape[0], self._capacity
         if tokens > capacity:
             raise ValueError(f"{tokens} tokens in an exchange that has room for {capacity}")
-        if room := capacity - tokens:
-            x_TH, weights_TNK = pad(x_TH, (0, 0, 0, room)), pad(weights_TNK, (0, 0, 0, 0, 0, room))
-            slots_TNK = pad(slots_TNK, (0, 0, 0, 0, 0, room), value=NO_EXPERT)
-        local_DCNK = local_of(slots_TNK, targets_DG)
-        held_DCNK = local_DCNK >= 0
-        # Rows that nobody wants are zeros: they meet experts with weight 0, and must not bring a NaN there.
-        rows_DCH = torch.where(held_DCNK.flatten(2).any(-1, keepdim=True), x_TH, 0)
-        weights_DCNK = torch.where(held_DCNK, weights_TNK, 0)
-        incoming = self._exchange("dispatch", rows_DCH, local_DCNK.int(), weights_DCNK)
+        outgoing = (_rows_by_kernel if plan.runs_kernels(x_TH.device) else _rows)(
+            x_TH, slots_TNK, weights_TNK, targets_DG, capacity
+        )
+        incoming = self._exchange("dispatch", *outgoing)
         rows_MH, ids_MNK, weights_MNK = (torch.cat(parts_C) for parts_C in incoming)
         every = (capacity,) * len(targets_DG)
         exchange = Exchange(tokens, slots_TNK.new_empty(0), every, every)
@@ -81,6 +77,31 @@ class EqualDispatcher:
         sent = sum(values_DC.nbytes for values_DC in outgoing_DC)
         with self._wire.count(kind, capacity * (ranks - 1), sent // ranks * (ranks - 1)):
             return self._swap(*outgoing_DC)
+
+
+def _rows(
+    x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor, targets_DG: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C rows for each rank, their local ids there (int32) and weights."""
+    if room := capacity - x_TH.shape[0]:
+        x_TH, weights_TNK = pad(x_TH, (0, 0, 0, room)), pad(weights_TNK, (0, 0, 0, 0, 0, room))
+        slots_TNK = pad(slots_TNK, (0, 0, 0, 0, 0, room), value=NO_EXPERT)
+    local_DCNK = local_of(slots_TNK, targets_DG)
+    held_DCNK = local_DCNK >= 0
+    # Rows that nobody wants are zeros: they meet experts with weight 0, and must not bring a NaN there.
+    rows_DCH = torch.where(held_DCNK.flatten(2).any(-1, keepdim=True), x_TH, 0)
+    return rows_DCH, local_DCNK.int(), torch.where(held_DCNK, weights_TNK, 0)
+
+
+def _rows_by_kernel(
+    x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor, targets_DG: Tensor, capacity: int
+) -> tuple[Tensor, ...]:
+    """As ``_rows``, in one launch."""
+    ranks = len(targets_DG)
+    position_DC = torch.arange(ranks * capacity, device=x_TH.device).view(ranks, capacity)
+    local_DTNK = local_of(slots_TNK, targets_DG)
+    rows = plan.permute(x_TH, local_DTNK, weights_TNK, position_DC, ranks * capacity)
+    return tuple(values.unflatten(0, (ranks, capacity)) for values in rows)
 
 
 class AdaptiveDispatcher:

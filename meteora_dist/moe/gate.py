@@ -6,19 +6,22 @@ Shapes: T tokens, N linears that share one input, E experts of a generation, K s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from meteora_dist.moe.routing import NO_EXPERT, MixedRouting, PassRouting, StepRouting
+from meteora_kernels.gate.choice import GateChoice
 from meteora_kernels.gate.reference import topk_softmax
+from meteora_kernels.routed_lora import plan
 
 
 def gate_logits(x_TH: Tensor, gate_PH: Tensor, num_linears: int) -> Tensor:
     """fp32 logits_TNE of N gates stacked as ``gate_PH``, P = N * E, rows ordered by linear, then expert."""
-    logits_TP = linear(x_TH.float(), gate_PH)
+    on_gpu = plan.runs_kernels(x_TH.device)
+    logits_TP = plan.gate_logits(x_TH, gate_PH) if on_gpu else linear(x_TH.float(), gate_PH)
     return logits_TP.view(-1, num_linears, gate_PH.shape[0] // num_linears)
 
 
@@ -37,6 +40,24 @@ class GroupGates:
     stacked: Sequence[Tensor]
     absent: Sequence[Tensor | None]
     complete: Callable[[Tensor], Tensor] = lambda logits: logits
+
+
+def choice_of(step: StepRouting, absent_N1: Tensor | None = None, local_G: Tensor | None = None) -> GateChoice:
+    """What kernels must know of a pass; the other arguments as in ``GateChoice``."""
+    fixed = not step.gated or step.auto_T is not None
+    return GateChoice(
+        slots=step.slots,
+        gated=step.gated,
+        auto_T=step.auto_T,
+        top_k_T=step.top_k_T,
+        temperature_T1=step.temperature_T1,
+        ids_TK=step.ids_TK if fixed else None,
+        weights_TK=step.weights_TK if fixed else None,
+        prototype_E=step.prototype_E,
+        absent_N1=absent_N1,
+        slot_E=step.slot_E,
+        local_G=local_G,
+    )
 
 
 def route(x_TH: Tensor, gates: GroupGates, step: PassRouting) -> tuple[Tensor, Tensor]:
@@ -82,6 +103,9 @@ def _choose(x_TH: Tensor, gates: GroupGates, step: StepRouting) -> tuple[Tensor,
     if not step.gated:
         return step.ids_TK[:, None].expand(shape), step.weights_TK[:, None].expand(shape)
     logits_TNE = gates.complete(gate_logits(x_TH, gates.stacked[step.index], gates.num_linears))
+    if plan.runs_kernels(x_TH.device):
+        chosen = plan.choose(logits_TNE, choice_of(replace(step, slot_E=None)))
+        return chosen.slots_TNK, chosen.weights_TNK
     if step.prototype_E is not None:
         logits_TNE = torch.where(step.prototype_E, logits_TNE.abs(), logits_TNE)
     if step.top_k_T is None:

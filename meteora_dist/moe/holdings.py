@@ -23,6 +23,7 @@ from meteora_dist.moe.layer import GroupState, RoutedGroup
 from meteora_dist.moe.residency import Residency
 from meteora_dist.moe.routing import LiveGeneration, live_generations
 from meteora_dist.moe.sharding import GroupShape
+from meteora_kernels.routed_lora.plan import located
 from meteora_kernels.routed_lora.stack import LoraStack
 
 
@@ -167,7 +168,7 @@ def _states(
                 gates=tuple(gate_PH for gate_PH, _ in loaded),
                 absent=tuple(absent_N1 for _, absent_N1 in loaded),
                 targets_DG=targets_of(then.residency.placement, group, device),
-                stack=_released(stack_experts(experts, shape, dtype, device)),
+                stack=located(_released(stack_experts(experts, shape, dtype, device))),
             )
         )
     for place, digest in enumerate(wanted):

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from meteora_dist.moe.dispatcher import Dispatched, Dispatcher, LocalDispatcher
-from meteora_dist.moe.gate import GroupGates, route
+from meteora_dist.moe.gate import GroupGates, choice_of, route
 from meteora_dist.moe.load import SlotLoads
-from meteora_dist.moe.routing import NO_EXPERT, PassRouting
+from meteora_dist.moe.routing import NO_EXPERT, PassRouting, StepRouting
 from meteora_dist.moe.sharding import GroupShape
 from meteora_dist.moe.wire import ExchangeKind
-from meteora_kernels.routed_lora.grouped import expand_grouped, shrink_grouped
-from meteora_kernels.routed_lora.plan import routed_lora
+from meteora_kernels.routed_lora import plan
 from meteora_kernels.routed_lora.stack import LoraStack
 
 AddUp = Callable[[Tensor, ExchangeKind], Tensor]
@@ -125,10 +125,25 @@ class RoutedGroup(nn.Module):
         step = self._context.step
         if step is None:
             return None
+        if isinstance(step, StepRouting) and self._fuses(x_TH, step):
+            return self._fused(x_TH, step)
         gates = GroupGates(len(self.names), self.state.gates, self.state.absent, self._complete_logits)
         slots_TNK, weights_TNK = route(x_TH, gates, step)
         self._context.loads.see(slots_TNK)
         return self._exchange(x_TH, slots_TNK, weights_TNK)
+
+    def _fuses(self, x_TH: Tensor, step: StepRouting) -> bool:
+        """Whether kernels may route and compute at once: nothing travels in between, and nobody wants to look in."""
+        learns = torch.is_grad_enabled() and (x_TH.requires_grad or any(g.requires_grad for g in self.state.gates))
+        apart = learns or step.shares_TE is not None or self._add_up is not None
+        return plan.runs_kernels(x_TH.device) and not apart and isinstance(self._dispatcher, LocalDispatcher)
+
+    def _fused(self, x_TH: Tensor, step: StepRouting) -> tuple[Tensor, ...]:
+        state = self.state
+        choice = choice_of(step, state.absent[step.index], state.targets_DG[0])
+        chosen, deltas = plan.fused(x_TH, state.gates[step.index], choice, state.stack)
+        self._context.loads.see(chosen.slots_TNK)
+        return deltas
 
     def serve(self, slots: int) -> None:
         """Serves this rank's experts to the others' pass of K = ``slots``, bringing no rows of its own."""
@@ -145,10 +160,10 @@ class RoutedGroup(nn.Module):
 
     def _deltas(self, sent: Dispatched, stack: LoraStack) -> tuple[Tensor, ...]:
         if self._add_up is None:
-            return routed_lora(sent.rows_MH, stack, sent.local_ids_MNK, sent.weights_MNK)
+            return plan.routed_lora(sent.rows_MH, stack, sent.local_ids_MNK, sent.weights_MNK)
         # All that the ranks of a tp group tell each other of their experts: vectors as wide as a rank.
-        shrunk_MNKR = self._add_up(shrink_grouped(sent.rows_MH, stack, sent.local_ids_MNK), "rank_space")
-        return expand_grouped(shrunk_MNKR, stack, sent.local_ids_MNK, sent.weights_MNK)
+        shrunk_MNKR = self._add_up(plan.shrink(sent.rows_MH, stack, sent.local_ids_MNK), "rank_space")
+        return plan.expand(shrunk_MNKR, stack, sent.local_ids_MNK, sent.weights_MNK)
 
     def _complete_logits(self, logits_TNE: Tensor) -> Tensor:
         """Gates that see a slice of the input give parts of logits; all ranks need the same, for the same choice."""
@@ -199,7 +214,19 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., O] of x [..., H]."""
-        return self.with_delta(self.base_layer(x), x)
+        if not self._adds_in_place(x):
+            return self.with_delta(self.base_layer(x), x)
+        delta_TO = self._shared.take(self._index, x)
+        if delta_TO is None:
+            return cast(Tensor, self.base_layer(x))
+        return delta_TO.addmm_(x.reshape(-1, x.shape[-1]), self.base_layer.weight.T).view(*x.shape[:-1], -1)
+
+    def _adds_in_place(self, x: Tensor) -> bool:
+        """Whether the base product may be added to the delta where that lies, which saves a launch on a GPU."""
+        base = self.base_layer
+        # A tp group replaces the forward of its linears; gradients would want the delta as it was.
+        plain = type(base) is nn.Linear and base.bias is None and "forward" not in vars(base)
+        return plan.runs_kernels(x.device) and plain and not torch.is_grad_enabled()
 
     def with_delta(self, y: Tensor, x: Tensor) -> Tensor:
         """Y [..., O] plus this linear's delta for x [..., H]; of both this rank's part where a tp group splits them."""

@@ -256,7 +256,10 @@ def plan_pass(
         bank = live[generation]
         step = plan_step(chosen, counts, bank.num_experts, slots, trace)
         only = step.only if bank.slot_E is None else tuple((int(bank.slot_E[expert]), w) for expert, w in step.only)
-        return replace(step, index=bank.index, slot_E=bank.slot_E, prototype_E=bank.prototype_E, only=only)
+        slot_E, prototype_E = (
+            None if table is None else table.to(step.ids_TK.device) for table in (bank.slot_E, bank.prototype_E)
+        )
+        return replace(step, index=bank.index, slot_E=slot_E, prototype_E=prototype_E, only=only)
 
     used = sorted(set(generations))
     if len(used) == 1:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meteora_kernels.launch import tiles_of
 from meteora_kernels.routed_lora import plan
 from meteora_kernels.routed_lora.dense import pack, routed_lora_dense
 from meteora_kernels.routed_lora.grouped import expand_grouped, routed_lora_grouped, shrink_grouped
@@ -194,18 +195,22 @@ def test_packed_experts_are_views() -> None:
     assert packed.nbytes == pairs.nbytes
 
 
+def set_dense_columns(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr(plan, "tiles_of", lambda device: replace(tiles_of(device), dense_columns=columns))
+
+
 def test_a_small_stack_is_served_densely(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = random_stack(torch.Generator().manual_seed(3))
-    monkeypatch.setattr(plan, "DENSE_COLUMNS", max(pairs.columns))
+    set_dense_columns(monkeypatch, max(pairs.columns))
     assert plan.arrange(pairs).packed is not None
-    monkeypatch.setattr(plan, "DENSE_COLUMNS", max(pairs.columns) - 1)
+    set_dense_columns(monkeypatch, max(pairs.columns) - 1)
     assert plan.arrange(pairs).packed is None
 
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_what_is_not_here_yet_has_room(monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
     pairs = random_stack(torch.Generator().manual_seed(5))
-    monkeypatch.setattr(plan, "DENSE_COLUMNS", max(pairs.columns) if dense else 0)
+    set_dense_columns(monkeypatch, max(pairs.columns) if dense else 0)
     # Expert 1 is still to be read; the others are copied, or stay where they are.
     unread = tuple(
         part and replace(part, a_RH=part.a_RH.to("meta"), b_RO=part.b_RO.to("meta")) for part in pairs.experts[1]

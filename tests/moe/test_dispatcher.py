@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from meteora_dist.moe.dispatcher import AllToAllDispatcher, targets_of
+from meteora_dist.moe.equal_exchange import EqualDispatcher
 from meteora_dist.moe.placement import contiguous
+from meteora_dist.moe.swap import GroupSwap
 from meteora_dist.moe.wire import Wire
+from meteora_kernels.routed_lora import plan
 from tests.support.ranks import run_ranks
 
 
@@ -22,6 +28,35 @@ def _one_exchange(rank: int) -> tuple[list[list[float]], list[list[list[int]]], 
     weight_M1 = sent.weights_MNK.sum((1, 2))[:, None]
     (combined,) = dispatcher.combine((sent.rows_MH * weight_M1,), sent.exchange)
     return sent.rows_MH.tolist(), sent.local_ids_MNK.tolist(), combined.tolist()
+
+
+def _with_kernels(rank: int) -> list[list[Tensor]]:
+    """Both exchanges, each on torch and on kernels: what arrives, and what comes back."""
+    group = dist.group.WORLD
+    assert group is not None
+    g = torch.Generator().manual_seed(rank)
+    tokens = 5 - 3 * rank
+    x_TH, weights_TNK = torch.randn(tokens, 4, generator=g), torch.rand(tokens, 2, 2, generator=g)
+    slots_TNK = torch.randint(-1, 4, (tokens, 2, 2), generator=g)
+    weights_TNK = weights_TNK.masked_fill(slots_TNK < 0, 0.0)
+    targets_DG = targets_of(contiguous(4, 2), rank)
+    answers = []
+    for dispatcher in (AllToAllDispatcher(group, Wire()), EqualDispatcher(GroupSwap(group), Wire())):
+        dispatcher.expect(5)
+        for kernels in (False, True):
+            with patch.object(plan, "runs_kernels", lambda _, on=kernels: on):
+                sent = dispatcher.dispatch(x_TH, slots_TNK, weights_TNK, targets_DG)
+                deltas = (sent.rows_MH * sent.weights_MNK.sum((1, 2))[:, None], sent.rows_MH[:, :3] + rank)
+                back = dispatcher.combine(deltas, sent.exchange)
+            answers.append([sent.rows_MH, sent.local_ids_MNK, sent.weights_MNK, *back])
+    return answers
+
+
+def test_exchanges_on_kernels_equal_those_on_torch() -> None:
+    for exact, exact_kernels, equal, equal_kernels in run_ranks(2, _with_kernels):
+        for torch_answer, kernel_answer in ((exact, exact_kernels), (equal, equal_kernels)):
+            for expected, actual in zip(torch_answer, kernel_answer, strict=True):
+                torch.testing.assert_close(actual, expected)
 
 
 def test_worked_exchange() -> None:

@@ -19,6 +19,7 @@ from meteora_dist.moe.residency import Residency
 from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import RoutingChoice, named, plan_pass
 from meteora_dist.moe.sharding import GroupShape
+from meteora_kernels.launch import tiles_of
 from tests.support.tiny import (
     HIDDEN,
     MLP,
@@ -118,7 +119,8 @@ def test_memory_follows_what_is_held(routed: RoutedModel, banks: tuple[Bank, ...
 def test_memory_follows_into_another_regime_and_back(routed: RoutedModel, banks: tuple[Bank, ...]) -> None:
     first = routed.resident
     # From now on experts are no longer packed; those that were must not keep the memory of their old pack alive.
-    with patch("meteora_kernels.routed_lora.plan.DENSE_COLUMNS", 0):
+    none_dense = replace(tiles_of("cpu"), dense_columns=0)
+    with patch("meteora_kernels.routed_lora.plan.tiles_of", lambda device: none_dense):
         go(routed, routed.holdings.residency.with_bank(banks[3]))
         go(routed, routed.holdings.residency.without(1))
     assert all(group.state.stack.packed is None for group in routed.groups)

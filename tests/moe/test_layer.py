@@ -41,7 +41,7 @@ def forward(routed: RoutedModel, ids_1L: Tensor, choices: list[RoutingChoice], s
 @pytest.mark.parametrize("operator", [routed_lora_dense, routed_lora_grouped])
 def test_operators_agree_through_the_whole_model(tiny_base: Path, tiny_bank: Bank, operator: Operator) -> None:
     def answer(op: Operator) -> Tensor:
-        with patch("meteora_dist.moe.layer.routed_lora", op):
+        with patch("meteora_kernels.routed_lora.plan.routed_lora", op):
             return forward(inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32), prompt(64, 1), MIXED, 2)
 
     torch.testing.assert_close(answer(operator), answer(routed_lora_reference), rtol=1e-4, atol=1e-4)

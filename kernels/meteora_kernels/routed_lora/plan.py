@@ -1,15 +1,65 @@
-"""Which regime serves a stack: a pure function of its size."""
+"""Which regime and which operators serve a stack: a pure function of its size, the pass and the device, by a table.
+
+The regime depends on the stack alone: a token's result must not depend on how many others there are. On a GPU the
+operators are Triton kernels, elsewhere torch. Kernels are imported where they run, and only there.
+
+Shapes: T tokens, N linears that share one input, K slots, E experts, P = N * E gate rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
 from torch import Tensor
 
+from meteora_kernels.gate.choice import Chosen, GateChoice
+from meteora_kernels.launch import Launch, launch_of, tiles_of
+from meteora_kernels.routed_lora import grouped
 from meteora_kernels.routed_lora.dense import pack, routed_lora_dense
-from meteora_kernels.routed_lora.grouped import routed_lora_grouped
 from meteora_kernels.routed_lora.stack import LoraStack, with_room
+from meteora_kernels.routed_lora.tables import Tables, tables_of
 
-DENSE_COLUMNS = 512
-"""Columns (experts times rank) a linear may have to be served densely; chosen by arithmetic, not yet measured."""
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a pass over a stack is served.
+
+    Attributes:
+        regime: ``dense`` reads all matrices side by side, ``grouped`` those in use.
+        launch: Sizes of the kernels' tiles.
+    """
+
+    regime: Literal["dense", "grouped"]
+    launch: Launch
+
+
+def plan(tokens: int, ranks: Sequence[Sequence[int]], whole: bool, device: str) -> Plan:
+    """The plan of a pass.
+
+    Args:
+        tokens: T.
+        ranks: For each of N linears the rank of every expert held here, 0 where it has none.
+        whole: Whether all pairs are held with all their ranks: parts of pairs are always grouped.
+        device: Its name, see ``device_name``.
+    """
+    tiles = tiles_of(device)
+    small = max(map(sum, ranks), default=0) <= tiles.dense_columns
+    # Without any expert there is nothing to pack; a group may hold none.
+    dense = small and whole and any(map(len, ranks))
+    return Plan("dense" if dense else "grouped", launch_of(tokens, tiles))
+
+
+def device_name(device: torch.device) -> str:
+    """The name by which the table knows a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether operators are Triton kernels there."""
+    return device.type == "cuda"
 
 
 def arrange(stack: LoraStack) -> LoraStack:
@@ -17,12 +67,91 @@ def arrange(stack: LoraStack) -> LoraStack:
 
     Either way there is room for the matrices that are not here yet.
     """
-    small = max(stack.columns, default=0) <= DENSE_COLUMNS
-    # Without any expert there is nothing to pack; a group may hold none.
-    return pack(stack) if small and stack.experts and stack.whole else with_room(stack)
+    ranks = [[0 if (part := expert[n]) is None else part.a_RH.shape[0] for expert in stack.experts]
+             for n in range(stack.num_linears)]  # fmt: skip
+    chosen = plan(0, ranks, stack.whole, device_name(stack.scales_NE.device))
+    return pack(stack) if chosen.regime == "dense" else with_room(stack)
+
+
+def located(stack: LoraStack) -> LoraStack:
+    """The stack with tables for kernels, where these run: its matrices stay where they are from now on."""
+    device = stack.scales_NE.device
+    return (
+        replace(stack, tables=tables_of(stack, tiles_of(device_name(device)).outputs))
+        if runs_kernels(device)
+        else stack
+    )
 
 
 def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
     """The deltas of the N linears, each [T, O_n], in x's dtype. Arguments as in the reference; whole pairs only."""
-    operator = routed_lora_grouped if stack.packed is None else routed_lora_dense
+    if runs_kernels(x_TH.device):
+        from meteora_kernels.routed_lora import operators
+
+        return operators.routed_lora(x_TH, stack, _tables(stack), ids_TNK, weights_TNK, _launch(x_TH))
+    operator = grouped.routed_lora_grouped if stack.packed is None else routed_lora_dense
     return operator(x_TH, stack, ids_TNK, weights_TNK)
+
+
+def shrink(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor) -> Tensor:
+    """The shrunk inputs [T, N, K, R], fp32. Arguments as in the reference."""
+    if runs_kernels(x_TH.device):
+        from meteora_kernels.routed_lora import operators
+
+        return operators.shrink(x_TH, stack, _tables(stack), ids_TNK, replace(_launch(x_TH), planes=1))
+    return grouped.shrink_grouped(x_TH, stack, ids_TNK)
+
+
+def expand(shrunk_TNKR: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
+    """The deltas of the N linears, each [T, O_n], in the dtype of the matrices. Arguments as in the reference."""
+    if runs_kernels(shrunk_TNKR.device):
+        from meteora_kernels.routed_lora import operators
+
+        return operators.expand(shrunk_TNKR, stack, _tables(stack), ids_TNK, weights_TNK, _launch(shrunk_TNKR))
+    return grouped.expand_grouped(shrunk_TNKR, stack, ids_TNK, weights_TNK)
+
+
+def gate_logits(x_TH: Tensor, gate_PH: Tensor) -> Tensor:
+    """fp32 logits [T, P] where kernels run; each row the same whatever the others are."""
+    from meteora_kernels.projection.kernel import gate_logits
+
+    return gate_logits(x_TH, gate_PH, replace(_launch(x_TH), planes=1))
+
+
+def choose(logits_TNE: Tensor, choice: GateChoice) -> Chosen:
+    """The experts of every token by its logits, where kernels run."""
+    from meteora_kernels.gate.kernel import choose
+
+    return choose(logits_TNE, choice, *logits_TNE.shape[:2])
+
+
+def fused(x_TH: Tensor, gate_PH: Tensor, choice: GateChoice, stack: LoraStack) -> tuple[Chosen, tuple[Tensor, ...]]:
+    """Choice and deltas in one go where kernels run, without gradients. Arguments as in ``operators.fused``."""
+    from meteora_kernels.routed_lora import operators
+
+    gates = gate_PH if choice.gated else None
+    return operators.fused(x_TH, gates, choice, stack, _tables(stack), _launch(x_TH))
+
+
+def permute(
+    x_TH: Tensor, local_DTNK: Tensor, weights_TNK: Tensor, position_DT: Tensor, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of an exchange where kernels run. Arguments as in ``permute_reference``."""
+    from meteora_kernels.permute.kernel import permute
+
+    return permute(x_TH, local_DTNK, weights_TNK, position_DT, rows)
+
+
+def unpermute(rows_SO: Tensor, position_DT: Tensor, tokens: int) -> Tensor:
+    """Sums of what came back of an exchange where kernels run. Arguments as in ``unpermute_reference``."""
+    from meteora_kernels.permute.kernel import unpermute
+
+    return unpermute(rows_SO, position_DT, tokens)
+
+
+def _launch(x: Tensor) -> Launch:
+    return launch_of(x.shape[0], tiles_of(device_name(x.device)))
+
+
+def _tables(stack: LoraStack) -> Tables:
+    return stack.tables or tables_of(stack, tiles_of(device_name(stack.scales_NE.device)).outputs)

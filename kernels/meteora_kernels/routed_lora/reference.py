@@ -13,6 +13,8 @@ empty slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,27 @@ def expand_reference(shrunk_TNKR: Tensor, stack: LoraStack, ids_TNK: Tensor, wei
                 delta_TO = delta_TO + scaled_TR @ part.b_RO.float()
         deltas.append(delta_TO)
     return tuple(deltas)
+
+
+def outer_reference(
+    shrunk_TNKR: Tensor, x_N: Sequence[Tensor], stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor, of_a: bool
+) -> list[Tensor]:
+    """Gradients of A, or of transposed B, by linear, then by expert: sum over pairs of w s z^T x, fp32.
+
+    Args:
+        shrunk_TNKR: x A^T of every slot for B; for A, dy B of every slot.
+        x_N: For each linear what meets it, [T, width]: dy for B; for A, the input.
+        stack: The experts.
+        ids_TNK: Expert of every slot.
+        weights_TNK: Weight of every slot.
+        of_a: Whether of the A matrices.
+    """
+    gradients = []
+    for n, x_TW in enumerate(x_N):
+        for e, expert in enumerate(stack.experts):
+            if (part := expert[n]) is not None:
+                matrix, first = (part.a_RH, part.first_a) if of_a else (part.b_RO, part.first_b)
+                weights_TK = torch.where(ids_TNK[:, n] == e, weights_TNK[:, n], 0.0) * part.scale
+                z_TR = (weights_TK[..., None] * shrunk_TNKR[:, n, :, first : first + matrix.shape[0]]).sum(1)
+                gradients.append(z_TR.T @ x_TW.float())
+    return gradients

@@ -14,9 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from meteora_kernels.routed_lora.tables import Tables
 
 Pair = tuple[Tensor, Tensor, float]
 """a_RH, b_OR and the scale s of one expert: delta = s (x a^T) b^T."""
@@ -79,6 +83,7 @@ class LoraStack:
         scales_NE: s of every pair; 0 where the expert lacks the linear.
         max_rank: Largest R of a whole pair, 0 without any; equal in all processes that share the experts.
         packed: The same matrices side by side, of which those of ``experts`` are views; None where they are not.
+        tables: Where kernels find the matrices; None before ``plan.located``, and where no kernels run.
     """
 
     experts: tuple[Expert, ...]
@@ -88,6 +93,7 @@ class LoraStack:
     scales_NE: Tensor
     max_rank: int
     packed: Packed | None = None
+    tables: Tables | None = None
 
     @property
     def num_linears(self) -> int:
