@@ -39,6 +39,6 @@ class Background:
         return task
 
 
-def _log(task: asyncio.Task[None]) -> None:
+def _log(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and task.exception() is not None:
         logger.error("work in the background has failed", exc_info=task.exception())
