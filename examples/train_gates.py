@@ -17,12 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from demo_tasks import BASE_ID, TASKS, encode, task_rows
+from demo_tasks import BASE_ID, TASKS, task_rows
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from meteora_dist.adapters import read_adapter
 from meteora_dist.bank import Bank, write_bank
+from meteora_dist.evaluation.prompts import encode
 from meteora_dist.model.load import load_base
 from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routed_model import RoutedModel

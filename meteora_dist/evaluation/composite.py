@@ -62,7 +62,9 @@ def compose(tasks: Sequence[Task], n: int, count: int, shots: int, seed: int) ->
         EvaluationError: n is too small, or a task has too few training rows for the examples.
     """
     if n < 2 or count < 1 or shots < 0:
-        raise EvaluationError(f"composite-{n} with {shots} examples, {count} times: n must be 2 or more, the rest >= 1")
+        raise EvaluationError(
+            f"{count} composite questions of {n} sub-questions with {shots} shots; there must be at least 1, 2 and 0"
+        )
     order = [tasks[i % len(tasks)] for i in range(n)]
     for task in order:
         if len(task.training) < shots * order.count(task):

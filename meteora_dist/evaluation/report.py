@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 
-from meteora_dist.evaluation.intervals import Estimate, wilson
+from meteora_dist.evaluation.intervals import Estimate
 from meteora_dist.evaluation.results import CompositeResult, GateResult, Results, TaskScore
 
 _TEXT = ("bleu", "rouge1", "rouge2", "rougeL")
@@ -20,6 +21,8 @@ def markdown(found: Results, command: str, plots: Mapping[str, str]) -> str:
     """
     parts = ["# Evaluation", f"```\n{command}\n```", _setting(found.setting)]
     parts += ["## Means over tasks", _means(found)]
+    if any(one.bank for one in found.means):
+        parts += ["## Exact match over the banks", _spread(found)]
     parts += ["## Exact match", _by_task(found.scores, "exact_match")]
     parts += ["## Containment", _by_task(found.scores, "containment")]
     texts = [score for score in found.scores if "bleu" in score.metrics]
@@ -76,6 +79,19 @@ def _means(found: Results) -> str:
     return table(("method", "exact match", "of oracle", "each task by MeteoRA's metric", "perplexity"), rows)
 
 
+def _spread(found: Results) -> str:
+    """Mean and standard deviation over banks, which differ in the seed of their gates."""
+    values: dict[str, list[float]] = {}
+    for one in found.means:
+        if one.bank:
+            values.setdefault(one.method, []).append(one.exact_match.value)
+    rows = [
+        [method, str(len(own)), f"{fmean(own):.3f}", f"{stdev(own):.3f}", f"{min(own):.3f} to {max(own):.3f}"]
+        for method, own in values.items()
+    ]
+    return table(("method", "banks", "mean", "standard deviation", "range"), rows)
+
+
 def _by_task(scores: Sequence[TaskScore], metric: str) -> str:
     columns = list(dict.fromkeys((score.bank, score.method) for score in scores))
     cells = {(score.bank, score.method, score.task): score.metrics[metric] for score in scores}
@@ -127,6 +143,7 @@ def _gates(found: GateResult) -> str:
     title = f"## Gates of {heading(found.bank, found.method)} that name the task's expert"
     parts = []
     for way, counts in found.counts.items():
-        rows = [[key, _interval(wilson(right, total))] for key, (right, total) in counts.items() if total]
+        # No interval: the choices of neighbouring tokens and gates are anything but independent.
+        rows = [[key, f"{right / total:.3f}"] for key, (right, total) in counts.items() if total]
         parts.append(table((way, "share of choices"), rows))
     return "\n\n".join([title, *parts])

@@ -23,7 +23,7 @@ class TaskScore:
     """One method on one task.
 
     Attributes:
-        bank: Label of the bank; "" where only adapters matter.
+        bank: Label of the bank whose gates decided; "" where there is one bank, or its gates do not matter.
         method: Its name.
         task: Its name.
         rows: Scored rows; all of them count in every number.

@@ -101,7 +101,7 @@ class _Evaluation:
         for (method, kind), answers in composites.items():
             self._composites.append(
                 results.score_composites(
-                    (_label(label, method), method.name),
+                    (self._label(label, method), method.name),
                     kind.shots,
                     self._asked[kind],
                     answers.texts,
@@ -128,7 +128,7 @@ class _Evaluation:
             expert = bank.names.index(task.name)
             own = sum(bool(s) and s.index(max(s)) == expert for s in answers.shares) / len(texts)
         return TaskScore(
-            bank=_label(label, method),
+            bank=self._label(label, method),
             method=method.name,
             task=task.name,
             rows=len(texts),
@@ -153,7 +153,7 @@ class _Evaluation:
         tasks = [task for task in self._plan.tasks if task.name in subject.bank.names]
         for method in methods:
             counts = add_counts(measure.gates(method, task) for task in tasks)
-            self._gates.append(GateResult(label, method.name, counts))
+            self._gates.append(GateResult(self._label(label, method), method.name, counts))
             for kind, asked in self._asked.items():
                 ids = composites[method, kind].ids[0]
                 if ids:
@@ -173,7 +173,7 @@ class _Evaluation:
         prompt = prompt_ids(self._tokenizer, asked.turns)
         choices = measure.route_map(method, prompt + ids)
         return RouteMap(
-            bank=label,
+            bank=self._label(label, method),
             method=method.name,
             question=f"{kind.name}: {', '.join(asked.tasks)}",
             tokens=tuple(self._tokenizer.decode([token]) for token in (prompt + ids)[:-1]),
@@ -181,6 +181,9 @@ class _Evaluation:
             experts=subject.bank.names,
             choices=tuple(map(tuple, choices)),
         )
+
+    def _label(self, label: str, method: Method) -> str:
+        return label if len(self._banks) > 1 and _own_gates(method) else ""
 
 
 def setting(plan: EvalPlan) -> dict[str, object]:
@@ -209,7 +212,3 @@ def setting(plan: EvalPlan) -> dict[str, object]:
 def _own_gates(method: Method) -> bool:
     """Whether the evaluated bank's own gates matter to it."""
     return method.gated and method.home == "own"
-
-
-def _label(label: str, method: Method) -> str:
-    return label if _own_gates(method) else ""
