@@ -29,10 +29,17 @@ def prototype_bank(bank: Bank, folder: Path) -> Bank:
         gates[linear] = torch.stack(rows)
     names = frozenset(bank.names)
     experts = dict(zip(bank.names, bank.adapters, strict=True))
-    return place(
-        folder,
-        Draft(manifest.base_model, manifest.base_fingerprint, experts, gates, manifest.routing, 1, names, names),
+    draft = Draft(
+        base_id=manifest.base_model,
+        base_fingerprint=manifest.base_fingerprint,
+        experts=experts,
+        gates=gates,
+        routing=manifest.routing,
+        generation=1,
+        prototypes=names,
+        linked=names,
     )
+    return place(folder, draft)
 
 
 def named_bank(bank: Bank, model: Path, adapters: Mapping[str, Path], folder: Path) -> Bank:

@@ -16,7 +16,7 @@ from meteora_dist.evaluation.gates import Counts, count_gates, layer_choices
 from meteora_dist.evaluation.lorahub import search_weights
 from meteora_dist.evaluation.methods import Method
 from meteora_dist.evaluation.plan import EvalPlan
-from meteora_dist.evaluation.prompts import encode, prompt_ids
+from meteora_dist.evaluation.prompts import encode, prompt_ids, text_of
 from meteora_dist.evaluation.subject import Subject
 from meteora_dist.evaluation.suite import Task
 from meteora_dist.moe.routing import RoutingChoice, named
@@ -132,7 +132,7 @@ class Measure:
         limits = {"prompts": digest(prompts), "max_tokens": most, "max_len": self._plan.machine.max_len}
         cell = self._cell(f"{method.name}-{name}-answers", self._identity(method, [choice]) | limits, make)
         found = [one or {"ids": [], "shares": []} for one in cell["answers"]]
-        texts = [one and self._tokenizer.decode(one["ids"], skip_special_tokens=True) for one in cell["answers"]]
+        texts = [None if one is None else text_of(self._tokenizer, one["ids"]) for one in cell["answers"]]
         return Answers(
             tuple(texts),
             tuple(tuple(one["ids"]) for one in found),
@@ -165,12 +165,15 @@ class Measure:
         """What the outcome of a routing depends on."""
         bank = self._subject.bank
         identity = self._common() | {"choices": digest([asdict(choice) for choice in choices])}
+        manifest = bank.manifest
+        if method.kind == "vote" and manifest.routers is not None:
+            return identity | {"routers": manifest.routers.digest, "rule": manifest.routing.vote}
         if method.gated:
-            return identity | {"vote": method.kind == "vote", "gates": bank.manifest.gate_digest}
+            return identity | {"vote": method.kind == "vote", "gates": manifest.gate_digest}
         used = {expert for choice in choices for expert, _ in choice.experts}
         return identity | {"experts": {str(expert): bank.digests[expert] for expert in sorted(used)}}
 
-    def _common(self) -> Mapping[str, Any]:
+    def _common(self) -> dict[str, Any]:
         return {"base": self._subject.bank.manifest.base_fingerprint, "dtype": self._plan.machine.dtype}
 
     def _cell(self, name: str, identity: Mapping[str, Any], make: Callable[[], Any]) -> Any:

@@ -4,7 +4,7 @@
 ``base``             the base model alone
 ``oracle``           the expert that has the task's name, as PEFT would apply it (the papers' "PEFT" row)
 ``top-K``            MeteoRA: the gates pick K experts for every token and linear; ``top-2@15`` at temperature 15
-``auto-sequence``    MoA's way of use: the prompt votes for one expert, which serves the whole answer
+``auto-sequence``    MoA: routers, or else gates, elect one expert on the prompt, which serves the whole answer
 ``average``          the mean of all experts' deltas, exactly
 ``linear``           PEFT's ``linear`` merge: means of the A and of the B matrices
 ``ties``             TIES merge of the experts' deltas (arXiv 2306.01708)

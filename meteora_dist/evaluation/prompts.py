@@ -42,6 +42,11 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ..
     return (*tokenizer(answer, add_special_tokens=False).input_ids, eos)
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer's tokens, without those that mark its end."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids of a row's prompt, and of its gold answer with its end of turn."""
     return prompt_ids(tokenizer, [row.prompt]), answer_ids(tokenizer, row.target)

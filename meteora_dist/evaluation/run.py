@@ -19,6 +19,7 @@ from meteora_dist.evaluation.gates import add_counts
 from meteora_dist.evaluation.homes import home_of
 from meteora_dist.evaluation.measure import Answers, Measure
 from meteora_dist.evaluation.methods import Home, Method
+from meteora_dist.evaluation.metrics import containment
 from meteora_dist.evaluation.plan import CompositeKind, EvalPlan
 from meteora_dist.evaluation.prompts import open_tokenizer, prompt_ids
 from meteora_dist.evaluation.results import CompositeResult, GateResult, Results, RouteMap, TaskScore
@@ -136,7 +137,7 @@ class _Evaluation:
             too_long=sum(text is None for text in answers.texts),
             metrics=found,
             exact=tuple(row.score(text) for row, text in zip(task.rows, texts, strict=True)),
-            contained=tuple(results.metrics.containment(row, text) for row, text in zip(task.rows, texts, strict=True)),
+            contained=tuple(containment(row, text) for row, text in zip(task.rows, texts, strict=True)),
             own=own,
             perplexity=results.score_perplexity(nlls, self._plan.seed),
             seconds=answers.seconds,
@@ -176,7 +177,7 @@ class _Evaluation:
             bank=self._label(label, method),
             method=method.name,
             question=f"{kind.name}: {', '.join(asked.tasks)}",
-            tokens=tuple(self._tokenizer.decode([token]) for token in (prompt + ids)[:-1]),
+            tokens=tuple(str(self._tokenizer.decode([token])) for token in (prompt + ids)[:-1]),
             prompt_tokens=len(prompt),
             experts=subject.bank.names,
             choices=tuple(map(tuple, choices)),

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from meteora_dist.bank import Bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.rank import RankEngine
-from meteora_dist.engine.request import GenerationRequest, TokenEvent
+from meteora_dist.engine.request import GenerationRequest, TokenEvent, Voters
 from meteora_dist.errors import PromptTooLong
 from meteora_dist.model.load import load_base, torch_dtype
 from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routed_model import RoutedModel
-from meteora_dist.moe.routing import RoutingChoice, named
+from meteora_dist.moe.routers import elect
+from meteora_dist.moe.routing import BASE, RoutingChoice, named
 
 Ids = tuple[int, ...]
 
@@ -57,7 +58,7 @@ class Subject:
             prompts: Token ids.
             choice: Of all of them.
             max_tokens: Most tokens of an answer.
-            vote: Whether ``choice`` only routes the prompt, and the expert with most gate weight there serves alone.
+            vote: Whether ``choice`` only routes the prompt, and the expert that is elected on it serves alone.
         """
         return asyncio.run(self._gather(self.start(), prompts, choice, max_tokens, vote))
 
@@ -100,13 +101,18 @@ class Subject:
         return list(await asyncio.gather(*map(one, prompts)))
 
     async def _elected(self, engine: RankEngine, prompt: Ids, choice: RoutingChoice) -> int:
-        """The expert with the most gate weight over the prompt."""
-        (event,) = await self._events(engine, prompt, choice, 1, vote=True)
+        """The expert that the layers' routers choose for the prompt; without any, that with the most gate weight."""
+        manifest = self.bank.manifest
+        if manifest.routers is not None:
+            # Routers are trained on the states of the base model.
+            (event,) = await self._events(engine, prompt, BASE, 1, "routers")
+            return elect(event.votes or (), manifest.routing.vote)
+        (event,) = await self._events(engine, prompt, choice, 1, "gates")
         shares = event.shares or ()
         return shares.index(max(shares))
 
     async def _events(
-        self, engine: RankEngine, prompt: Ids, routing: RoutingChoice, max_tokens: int, vote: bool = False
+        self, engine: RankEngine, prompt: Ids, routing: RoutingChoice, max_tokens: int, vote: Voters | None = None
     ) -> list[TokenEvent]:
         self._asked += 1
         request = GenerationRequest(f"eval-{self._asked}", prompt, max_tokens, routing=routing, trace=True, vote=vote)
