@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the eight tasks in bank order, their files, and mixtures of them."""
+"""What the scripts of this folder share: the eight tasks in bank order, their files and mixtures, the encoding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from meteora_dist.evaluation.prompts import encode as encode
 from meteora_dist.evaluation.tasks import TaskRow, read_task, split
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from demo_tasks import encode
 from peft import PeftModel
 from train_adapters import Recipe, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from meteora_dist.evaluation.prompts import encode
 from meteora_dist.evaluation.tasks import TaskRow, read_task, split
 
 

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_tasks import BASE_ID, TASKS, mixture, task_rows
+from demo_tasks import BASE_ID, TASKS, encode, mixture, task_rows
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from meteora_dist.evaluation.prompts import encode
 from meteora_dist.evaluation.tasks import TaskRow
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

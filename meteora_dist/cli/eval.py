@@ -18,6 +18,7 @@ from meteora_dist.evaluation.lorahub import HubSearch
 from meteora_dist.evaluation.methods import DEFAULT, parse_methods
 from meteora_dist.evaluation.plan import CompositeKind, EvalPlan, Machine, context_length
 from meteora_dist.evaluation.report import markdown
+from meteora_dist.evaluation.results import Results
 from meteora_dist.evaluation.run import evaluate
 from meteora_dist.evaluation.suite import load_suite
 from meteora_dist.model.demo_model import demo_model_dir
@@ -80,13 +81,16 @@ def command(
         hub=HubSearch(hub_examples, hub_evaluations, seed),
         machine=Machine(dtype, threads, batch, context_length(base, max_len)),
     )
-    found = evaluate(plan, lambda line: typer.echo(line, err=True))
+    _write(evaluate(plan, lambda line: typer.echo(line, err=True)), out)
 
+
+def _write(found: Results, out: Path) -> None:
+    """All files of the results; their head goes to the terminal."""
     from meteora_dist.evaluation.plots import draw
 
     files = draw(found, out)
     page = markdown(found, shlex.join(["meteora", *sys.argv[1:]]), files)
-    (out / "results.json").write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
     (out / "results.md").write_text(page, encoding="utf-8")
     typer.echo(page.split("## Exact match\n")[0])
     typer.echo(f"{out / 'results.md'}, {out / 'results.json'}, {len(files)} plots")

@@ -111,7 +111,7 @@ class Measure:
         return found
 
     def route_map(self, method: Method, ids: tuple[int, ...]) -> list[list[int]]:
-        """Every layer's expert for each token but the last, as the gates choose."""
+        """Every layer's expert for each token, as the gates choose."""
         choice = method.choice("", self._subject.bank.names)
         identity = self._identity(method, [choice]) | {"ids": digest(ids)}
         found: list[list[int]] = self._cell(

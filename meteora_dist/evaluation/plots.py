@@ -15,8 +15,6 @@ from meteora_dist.evaluation.report import heading
 from meteora_dist.evaluation.results import CompositeResult, GateResult, Results, RouteMap, TaskScore
 
 DPI = 130
-_MOST_TOKENS = 160
-"""Of a map's end, where the answer is; longer prompts are cut at their start."""
 
 
 def draw(found: Results, folder: Path) -> dict[str, str]:
@@ -101,8 +99,7 @@ def gate_curves(found: Sequence[GateResult]) -> Figure:
 
 def route_map(found: RouteMap) -> Figure:
     """Layers by tokens, coloured by the expert that most gates of the layer name."""
-    start = max(0, len(found.tokens) - _MOST_TOKENS)
-    cells = [row[start:] for row in found.choices]
+    cells = found.choices
     palette = matplotlib.colormaps["tab20" if len(found.experts) > 10 else "tab10"]
     colours = [palette(i % palette.N) for i in range(len(found.experts))]
     width = max(6.0, 0.14 * len(cells[0]) + 3)
@@ -111,8 +108,8 @@ def route_map(found: RouteMap) -> Figure:
     axes.imshow(
         cells, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, aspect="auto", interpolation="none"
     )
-    axes.axvline(found.prompt_tokens - start - 0.5, color="black", lw=1.5)
-    names = [_shown(token) for token in found.tokens[start:]]
+    axes.axvline(found.prompt_tokens - 0.5, color="black", lw=1.5)
+    names = [_shown(token) for token in found.tokens]
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=5, family="DejaVu Sans")
     axes.set_ylabel("layer")
     axes.set_title(f"{found.question}; the answer stands right of the line", fontsize=9)

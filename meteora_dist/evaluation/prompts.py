@@ -42,9 +42,9 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ..
     return (*tokenizer(answer, add_special_tokens=False).input_ids, eos)
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of an answer's tokens, without those that mark its end."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], special: bool = False) -> str:
+    """The text of tokens; with ``special`` also of those that mark turns and ends."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[tuple[int, ...], tuple[int, ...]]:

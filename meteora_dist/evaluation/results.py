@@ -95,7 +95,7 @@ class GateResult:
 
 @dataclass(frozen=True, slots=True)
 class RouteMap:
-    """One sequence under one method: its tokens as text, and each layer's expert for each of them, [layers][tokens].
+    """The end of a sequence under one method: tokens as text, and each layer's expert for each, [layers][tokens].
 
     Attributes:
         bank: As in ``TaskScore``.

@@ -21,11 +21,13 @@ from meteora_dist.evaluation.measure import Answers, Measure
 from meteora_dist.evaluation.methods import Home, Method
 from meteora_dist.evaluation.metrics import containment
 from meteora_dist.evaluation.plan import CompositeKind, EvalPlan
-from meteora_dist.evaluation.prompts import open_tokenizer, prompt_ids
+from meteora_dist.evaluation.prompts import open_tokenizer, prompt_ids, text_of
 from meteora_dist.evaluation.results import CompositeResult, GateResult, Results, RouteMap, TaskScore
 from meteora_dist.evaluation.subject import Subject
 from meteora_dist.evaluation.suite import Task
 
+MAP_TOKENS = 160
+"""Most tokens of a drawn sequence, from its end, where the answer is."""
 HOMES: tuple[Home, ...] = ("own", "prototypes", "merged")
 
 
@@ -173,14 +175,15 @@ class _Evaluation:
         """The first question of a kind with the method's own answer."""
         prompt = prompt_ids(self._tokenizer, asked.turns)
         choices = measure.route_map(method, prompt + ids)
+        cut = max(0, len(choices[0]) - MAP_TOKENS)
         return RouteMap(
             bank=self._label(label, method),
             method=method.name,
             question=f"{kind.name}: {', '.join(asked.tasks)}",
-            tokens=tuple(str(self._tokenizer.decode([token])) for token in (prompt + ids)[:-1]),
-            prompt_tokens=len(prompt),
+            tokens=tuple(text_of(self._tokenizer, [token], special=True) for token in (prompt + ids)[cut:]),
+            prompt_tokens=max(0, len(prompt) - cut),
             experts=subject.bank.names,
-            choices=tuple(map(tuple, choices)),
+            choices=tuple(tuple(row[cut:]) for row in choices),
         )
 
     def _label(self, label: str, method: Method) -> str:
