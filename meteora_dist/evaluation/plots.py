@@ -112,7 +112,8 @@ def route_map(found: RouteMap) -> Figure:
     names = [_shown(token) for token in found.tokens]
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=5, family="DejaVu Sans")
     axes.set_ylabel("layer")
-    axes.set_title(f"{found.question}; the answer stands right of the line", fontsize=9)
+    title = f"{heading(found.bank, found.method)}, {found.question}; the answer stands right of the line"
+    axes.set_title(title, fontsize=9)
     used = sorted({expert for row in cells for expert in row})
     patches = [Patch(color=colours[expert], label=found.experts[expert]) for expert in used]
     figure.legend(handles=patches, loc="outside right upper", fontsize=7)
