@@ -60,7 +60,7 @@ def watched_gates(routed: RoutedModel) -> Iterator[dict[str, Tensor]]:
         gate_PH = group.state.gates[routed.newest.index]
         logits_TNE = gate_logits(arguments[0], gate_PH, len(group.names))
         if prototype_E is not None:
-            logits_TNE = torch.where(prototype_E, logits_TNE.abs(), logits_TNE)
+            logits_TNE = torch.where(prototype_E.to(logits_TNE.device), logits_TNE.abs(), logits_TNE)
         picks.update(zip(group.names, logits_TNE.argmax(-1).unbind(1), strict=True))
 
     hooks = [group.register_forward_pre_hook(partial(keep, group)) for group in routed.groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from meteora_dist.bank import Bank
+from meteora_dist.cli.eval import command
 from meteora_dist.cli.main import main
 
 METHODS = ("base", "oracle", "top-2@15", "auto-sequence", "linear", "arrow", "lorahub")
@@ -108,6 +110,14 @@ def test_a_second_run_measures_nothing_and_an_interrupted_one_goes_on(
     for one, other in zip(again["scores"], scores, strict=True):
         assert (one["exact"], one["metrics"]["exact_match"]) == (other["exact"], other["metrics"]["exact_match"])
         assert one["own"] == other["own"]
+
+
+def test_every_option_and_method_is_in_the_guide() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    for name in inspect.signature(command).parameters:
+        assert f"`--{name.replace('_', '-')}" in guide, name
+    for method in (*METHODS, "top-K", "ties", "dare-ties", "average", "base"):
+        assert f"`{method.replace('top-2@15', 'top-K@T')}`" in guide, method
 
 
 @pytest.mark.parametrize(
