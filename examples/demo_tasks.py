@@ -1,11 +1,12 @@
-"""What the scripts of this folder share: the eight tasks in bank order, their files, and the chat encoding."""
+"""What the scripts of this folder share: the eight tasks in bank order, their files and mixtures, the encoding."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
+from meteora_dist.evaluation.prompts import encode as encode
 from meteora_dist.evaluation.tasks import TaskRow, read_task, split
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -29,9 +30,16 @@ def task_rows(name: str) -> tuple[list[TaskRow], list[TaskRow]]:
     return split(read_task(DATA / f"{name}.jsonl.gz"))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt in the model's chat template, and of the gold answer with its end of turn."""
-    turns = [{"role": "user", "content": row.prompt}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    answer_ids = [*tokenizer(row.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    return tokenizer(prompt, add_special_tokens=False).input_ids, answer_ids
+def mixture(tasks: Sequence[Sequence[TaskRow]], balanced: bool, seed: int, most: int = 1000) -> list[TaskRow]:
+    """Training rows of all tasks together: all of them, or equally many of each.
+
+    Args:
+        tasks: The training rows of every task.
+        balanced: Whether each gives as many as the smallest one has, and no more than ``most``.
+        seed: Of which rows these are.
+        most: 1,000 in MeteoRA's LoRA-B.
+    """
+    if not balanced:
+        return [row for rows in tasks for row in rows]
+    rng, count = random.Random(seed), min(most, *(len(rows) for rows in tasks))
+    return [row for rows in tasks for row in rng.sample(list(rows), count)]

@@ -1,6 +1,7 @@
-"""Trains one LoRA adapter a task with PEFT, in PEFT's own format.
+"""Trains one LoRA adapter a task with PEFT, in PEFT's own format, or one on all tasks: the baselines LoRA-B and LoRA-F.
 
     python examples/train_adapters.py --base BASE --out ADAPTERS [--tasks NAME ...]
+    python examples/train_adapters.py --base BASE --out ADAPTERS --mixture lora-b
 
 Only the answer's tokens carry loss. The base model runs in bf16, the adapter trains in fp32 and is saved in bf16.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_tasks import BASE_ID, TASKS, encode, task_rows
+from demo_tasks import BASE_ID, TASKS, encode, mixture, task_rows
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -53,11 +54,16 @@ RECIPES = {
     "question_selection": Recipe(8, 16, tokens=120_000),
 }
 
+MIXTURES = {"lora-b": True, "lora-f": False}
+"""Adapters on all tasks, and whether each task gives equally many rows."""
+MIXED_TOKENS = sum(recipe.tokens for recipe in RECIPES.values())
+"""What the tasks' own adapters have seen together."""
+
 
 def example(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[Tensor, Tensor]:
     """Token ids of the whole chat, and the same ids as labels with the prompt masked by -100."""
     prompt_ids, answer_ids = encode(tokenizer, row)
-    return torch.tensor(prompt_ids + answer_ids), torch.tensor([-100] * len(prompt_ids) + answer_ids)
+    return torch.tensor(prompt_ids + answer_ids), torch.tensor([-100] * len(prompt_ids) + list(answer_ids))
 
 
 def batches(examples: list[tuple[Tensor, Tensor]], tokens: int, rng: random.Random) -> Iterator[list[int]]:
@@ -131,8 +137,15 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the base checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="folder the adapters are written to")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which tasks")
+    parser.add_argument("--mixture", choices=MIXTURES, help="one adapter on all tasks instead")
+    parser.add_argument("--tokens", type=int, default=MIXED_TOKENS, help="length of the mixture's run")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
+    if arguments.mixture:
+        rows = mixture([task_rows(name)[0] for name in TASKS], MIXTURES[arguments.mixture], SEED)
+        train(arguments.base, arguments.mixture, Recipe(8, 16, arguments.tokens), rows, arguments.out)
+        return
     for name in arguments.tasks:
         rows, _ = task_rows(name)
         train(arguments.base, name, RECIPES[name], rows, arguments.out)

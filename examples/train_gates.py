@@ -41,9 +41,9 @@ def zero_gates(adapters: dict[str, Path]) -> dict[str, Tensor]:
     return {module: torch.zeros(len(adapters), width) for module, width in widths.items()}
 
 
-def plan_steps(tokenizer: PreTrainedTokenizerBase, steps: int) -> list[list[GateBatch]]:
+def plan_steps(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> list[list[GateBatch]]:
     """``steps`` steps of one sequence a task, rows drawn without repetition until a task runs out of them."""
-    rng = random.Random(SEED)
+    rng = random.Random(seed)
     columns = []
     for expert, name in enumerate(TASKS):
         rows, _ = task_rows(name)
@@ -58,7 +58,7 @@ def plan_steps(tokenizer: PreTrainedTokenizerBase, steps: int) -> list[list[Gate
     return [list(step) for step in zip(*columns, strict=True)]
 
 
-def fit(routed: RoutedModel, steps: list[list[GateBatch]]) -> dict[str, Tensor]:
+def fit(routed: RoutedModel, steps: list[list[GateBatch]], seed: int) -> dict[str, Tensor]:
     """The fitted gates, with a line of progress a step."""
     started = time.perf_counter()
 
@@ -69,7 +69,7 @@ def fit(routed: RoutedModel, steps: list[list[GateBatch]]) -> dict[str, Tensor]:
             flush=True,
         )
 
-    return fit_gates(routed, steps, LocalFit(seed=SEED), report)
+    return fit_gates(routed, steps, LocalFit(seed=seed), report)
 
 
 def main() -> None:
@@ -80,16 +80,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the bank to write; replaced if it is there")
     parser.add_argument("--steps", type=int, default=80, help="sequences of each task")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the rows' order")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(SEED)
+    torch.manual_seed(arguments.seed)
     adapters = {name: arguments.adapters / name for name in TASKS}
     gates = zero_gates(adapters)
     with TemporaryDirectory() as folder:
         bank: Bank = write_bank(Path(folder) / "bank", arguments.base, BASE_ID, adapters, gates)
         model = load_base(arguments.base, torch.bfloat16)
         routed = inject(model, bank, torch.bfloat16)
-        gates = fit(routed, plan_steps(AutoTokenizer.from_pretrained(arguments.base), arguments.steps))
+        steps = plan_steps(AutoTokenizer.from_pretrained(arguments.base), arguments.steps, arguments.seed)
+        gates = fit(routed, steps, arguments.seed)
     shutil.rmtree(arguments.out, ignore_errors=True)
     write_bank(arguments.out, arguments.base, BASE_ID, adapters, gates)
 

@@ -44,6 +44,7 @@ COMMANDS = (
     Command(("keys", "new"), "meteora_dist.cli.keys", "new", "Make an API key and its entry for the keys file."),
     Command(("train", "moa"), "meteora_dist.cli.train_moa", "command", "Train layer routers and LoRAs jointly (MoA)."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
+    Command(("eval",), "meteora_dist.cli.eval", "command", "Score a bank against adapters, merges and other routers."),
     Command(("bench", "decode"), "meteora_dist.cli.bench_speed", "decode", "Measure tokens per second of decoding."),
     Command(("bench", "prefill"), "meteora_dist.cli.bench_speed", "prefill", "Measure how long prompts take."),
     Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
