@@ -205,7 +205,7 @@ class MoaObjective(nn.Module):
                 )
                 for e, expert in enumerate(stack.experts)
             )
-            group.state = replace(group.state, stack=replace(stack, experts=experts, packed=None))
+            group.state = replace(group.state, stack=replace(stack, experts=experts, packed=None, tables=None))
 
     def _now(self, key: str, frozen: Tensor) -> Tensor:
         """The trained matrix of this key; ``frozen`` where it is not trained."""
@@ -222,7 +222,12 @@ class MoaObjective(nn.Module):
 
     def _decode(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         decoder = self._routed.model.get_decoder()
-        hidden_BLH: Tensor = decoder(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+        embedded_BLH = self._routed.model.get_input_embeddings()(ids_BL)
+        # The first layer's experts are trained as well: routed linears take an input without gradient for inference.
+        embedded_BLH.requires_grad_(torch.is_grad_enabled() and bool(self._pairs))
+        hidden_BLH: Tensor = decoder(
+            inputs_embeds=embedded_BLH, attention_mask=mask_BL, use_cache=False
+        ).last_hidden_state
         return hidden_BLH
 
     def _spans(self, batch: DomainBatch, length: int) -> list[Span]:
