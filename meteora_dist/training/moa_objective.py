@@ -127,8 +127,11 @@ class MoaObjective(nn.Module):
     def pair(self, linear: str, expert: int) -> tuple[Tensor, Tensor] | None:
         """a_RH and b_OR, fp32, of a trained expert at a linear; None where they are not trained."""
         for g, group in enumerate(self._routed.groups):
-            if linear in group.names and (key := _key(g, expert, group.names.index(linear))) + "-a" in self._pairs:
-                return self._pairs[f"{key}-a"].detach(), self._pairs[f"{key}-b"].detach().T
+            if linear in group.names:
+                names = [_key(g, expert, group.names.index(linear), which) for which in "ab"]
+                if names[0] in self._pairs:
+                    a_RH, b_RO = (self._pairs[name].detach() for name in names)
+                    return a_RH, b_RO.T
         return None
 
     def forward(self, batch: DomainBatch) -> MoaSums:
@@ -191,16 +194,22 @@ class MoaObjective(nn.Module):
             return
         for g, (group, stack) in enumerate(zip(self._routed.groups, self._stacks, strict=True)):
             experts = tuple(
-                tuple(part and replace(part, **self._now(_key(g, e, n), stack.dtype)) for n, part in enumerate(expert))
+                tuple(
+                    part
+                    and replace(
+                        part,
+                        a_RH=self._now(_key(g, e, n, "a"), part.a_RH),
+                        b_RO=self._now(_key(g, e, n, "b"), part.b_RO),
+                    )
+                    for n, part in enumerate(expert)
+                )
                 for e, expert in enumerate(stack.experts)
             )
-            group.state = replace(group.state, stack=replace(stack, experts=experts, packed=None))
+            group.state = replace(group.state, stack=replace(stack, experts=experts, packed=None, tables=None))
 
-    def _now(self, key: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The trained matrices of a pair by field; none where it is not trained."""
-        if f"{key}-a" not in self._pairs:
-            return {}
-        return {"a_RH": self._pairs[f"{key}-a"].to(dtype), "b_RO": self._pairs[f"{key}-b"].to(dtype)}
+    def _now(self, key: str, frozen: Tensor) -> Tensor:
+        """The trained matrix of this key; ``frozen`` where it is not trained."""
+        return self._pairs[key].to(frozen.dtype) if key in self._pairs else frozen
 
     def _trained_matrices(self) -> Iterator[tuple[str, Tensor]]:
         """The matrices of the trained experts with their keys."""
@@ -208,12 +217,17 @@ class MoaObjective(nn.Module):
             for e in self.trained:
                 for n, part in enumerate(group.state.stack.experts[e]):
                     if part is not None:
-                        yield f"{_key(g, e, n)}-a", part.a_RH
-                        yield f"{_key(g, e, n)}-b", part.b_RO
+                        yield _key(g, e, n, "a"), part.a_RH
+                        yield _key(g, e, n, "b"), part.b_RO
 
     def _decode(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         decoder = self._routed.model.get_decoder()
-        hidden_BLH: Tensor = decoder(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+        embedded_BLH = self._routed.model.get_input_embeddings()(ids_BL)
+        # The first layer's experts are trained as well: routed linears take an input without gradient for inference.
+        embedded_BLH.requires_grad_(torch.is_grad_enabled() and bool(self._pairs))
+        hidden_BLH: Tensor = decoder(
+            inputs_embeds=embedded_BLH, attention_mask=mask_BL, use_cache=False
+        ).last_hidden_state
         return hidden_BLH
 
     def _spans(self, batch: DomainBatch, length: int) -> list[Span]:
@@ -234,5 +248,5 @@ def _routers(routed: RoutedModel, bank: Bank) -> Tensor:
     return torch.zeros(layers, len(bank.names), width, device=routed.model.device)
 
 
-def _key(group: int, expert: int, linear: int) -> str:
-    return f"{group}-{expert}-{linear}"
+def _key(group: int, expert: int, linear: int, which: str) -> str:
+    return f"{group}-{expert}-{linear}-{which}"
