@@ -135,8 +135,7 @@ class RoutedGroup(nn.Module):
     def _fuses(self, x_TH: Tensor, step: StepRouting) -> bool:
         """Whether kernels may route and compute at once: nothing travels in between, and nobody wants to look in."""
         learns = torch.is_grad_enabled() and (x_TH.requires_grad or any(g.requires_grad for g in self.state.gates))
-        apart = learns or step.shares_TE is not None or self._add_up is not None
-        return plan.runs_kernels(x_TH.device) and not apart and isinstance(self._dispatcher, LocalDispatcher)
+        return plan.runs_kernels(x_TH.device) and self.local and not learns and step.shares_TE is None
 
     def _fused(self, x_TH: Tensor, step: StepRouting) -> tuple[Tensor, ...]:
         state = self.state
