@@ -103,5 +103,13 @@ class BankError(CheckpointError):
     """A bank that is damaged or does not fit its base model."""
 
 
+class DatasetError(CheckpointError):
+    """A data set that is missing or damaged, or belongs to no expert."""
+
+
+class TrainingError(MeteoraError):
+    """A training run that cannot be: its options do not go together, or do not fit the run it shall go on with."""
+
+
 class ModelError(CheckpointError):
     """A base model that is damaged, missing or of an unsupported shape."""
