@@ -233,7 +233,9 @@ class RoutedLinear(nn.Module):
     @property
     def group(self) -> RoutedGroup:
         """The linears that route together with this one."""
-        return self._shared.group
+        group = self._shared.group
+        assert isinstance(group, RoutedGroup), "only training puts something before the group"
+        return group
 
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., O] of x [..., H]."""

@@ -119,6 +119,10 @@ class RayKeeper:
         """See ``Keeper``."""
         self._metrics.resumed(step)
 
+    def finished(self) -> None:
+        """See ``Keeper``."""
+        self._metrics.close()
+
 
 def prometheus_name(metric: str) -> tuple[str, dict[str, str]]:
     """Name and labels of a metric: ``held_out/gate_ce/layer/3`` is a part of ``meteora_train_gate_ce``.

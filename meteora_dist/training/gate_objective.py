@@ -3,7 +3,7 @@
     L = L_LM + beta * L_gate
 
 L_gate is the mean cross-entropy of raw fp32 gate logits against the expert of each position that counts, over all
-gates and positions, shifted like the labels of L_LM. With K = 1 weights are constant: L_LM has no gradient at the gates.
+gates and positions, shifted like the labels of L_LM. With K = 1 weights are constant: L_LM has no gradient there.
 
 Shapes: B sequences, L positions, T = B * L, G gates, E experts, K slots.
 """

@@ -42,7 +42,7 @@ def prepare(run: GateRun, keeper: Keeper) -> Loop:
     model = load_base(run.base, dtype, device=torch.device("cpu"))
     shard_base(model, run.loop, device)
     if run.loop.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     objective = GateObjective(model, bank, len(run.trained), run.gates, dtype)
     data = GateData(run, bank.names, AutoTokenizer.from_pretrained(run.base, local_files_only=True))
     return Loop(objective, data, run.loop, keeper, device)

@@ -35,7 +35,8 @@ class MetricsWriter:
         if self._path.exists():
             lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
             self._path.write_text("".join(f"{line}\n" for line in lines))
-        self._writer = SummaryWriter(str(self._events), purge_step=step + 1)
+        # TensorBoard then drops what older files say of later steps; a file of the same second would be the same one.
+        self._writer = SummaryWriter(str(self._events), purge_step=step + 1, filename_suffix=f".{step}")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one report."""
@@ -44,7 +45,11 @@ class MetricsWriter:
         self._writer = self._writer or SummaryWriter(str(self._events))
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+
+    def close(self) -> None:
+        """Waits until all is written: TensorBoard's events are written by a thread."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class FolderKeeper:
@@ -79,6 +84,10 @@ class FolderKeeper:
     def resumed(self, step: int) -> None:
         """See ``Keeper``."""
         self._metrics.resumed(step)
+
+    def finished(self) -> None:
+        """See ``Keeper``."""
+        self._metrics.close()
 
     def _kept(self) -> list[Path]:
         return sorted(self._checkpoints.glob("step_*"))

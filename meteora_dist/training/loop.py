@@ -36,6 +36,9 @@ class Keeper(Protocol):
     def resumed(self, step: int) -> None:
         """Is told that the run begins, or goes on, after ``step`` updates; called on the first worker."""
 
+    def finished(self) -> None:
+        """Is told that there will be no more reports; called on the first worker."""
+
 
 class Meter:
     """Adds up what batches measure, over all workers."""
@@ -107,6 +110,8 @@ class Loop:
                 self._log(done, evaluate=last or _is_due(done, settings.evaluate_every))
             if saves and not last:
                 self._keeper.keep(done, lambda folder: self.engine.save(folder, done))  # noqa: B023
+        if self._rank == 0:
+            self._keeper.finished()
         return self._objective.export(self.engine.parameter)
 
     def step(self, step: int) -> None:
@@ -117,7 +122,8 @@ class Loop:
         scale = len(batches) * self._world / max(1, self._counted(batches))
         for batch in batches:
             loss, sums = self.engine(batch.to(self._device), scale)
-            self.engine.learn(loss)
+            self.engine.backward(loss)
+            self.engine.update()
             self._meter.add(sums)
 
     def _counted(self, batches: list[Batch]) -> int:

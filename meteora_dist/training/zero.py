@@ -93,9 +93,12 @@ class ZeroEngine:
         result: tuple[Tensor, Sums] = self._engine(batch, scale)
         return result
 
-    def learn(self, loss: Tensor) -> None:
-        """The backward pass of one batch, and after the last of a step the update."""
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of one batch."""
         self._engine.backward(loss)
+
+    def update(self) -> None:
+        """After each backward pass: the update, once it was the last one of a step."""
         self._engine.step()
 
     @contextmanager
