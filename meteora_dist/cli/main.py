@@ -50,6 +50,7 @@ COMMANDS = (
     Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
     Command(("bench", "capacity"), "meteora_dist.cli.bench", "capacity", "Measure what the ranks of a mesh hold."),
     Command(("bench", "kernels"), "meteora_dist.cli.bench_kernels", "kernels", "Measure what routing costs a layer."),
+    Command(("bench", "gates"), "meteora_dist.cli.bench_training", "gates", "Measure the training of gates."),
     Command(("bench", "serve"), "meteora_dist.cli.bench_serve", "serve", "Send load to any OpenAI endpoint."),
     Command(
         ("bench", "load"), "meteora_dist.cli.bench_local", "load", "Load a local service: errors, memory, refusals."

@@ -62,8 +62,10 @@ def shard_base(model: nn.Module, settings: LoopSettings, device: torch.device) -
     In the other stages the whole model goes there. Collective.
     """
     if settings.zero_stage == 3:
-        config = zero_config(settings, dist.get_world_size())
-        load_deepspeed().zero.Init(module=model, config_dict_or_path=config)
+        deepspeed = load_deepspeed()
+        # Until then it takes this process for the only one.
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        deepspeed.zero.Init(module=model, config_dict_or_path=zero_config(settings, dist.get_world_size()))
     model.to(device)
 
 
