@@ -50,18 +50,33 @@ def gates(
     """
     transformers_logging.disable_progress_bar()
     loop, settings = read_options(config, options or [], GateSettings)
-    request = GateRequest(
-        *(base, adapters, data, out, run, base_id),
-        *(tuple(expert or ()), bank, tuple(add or ()), null_text, loop, settings),
+    training = GateTraining(
+        GateRequest(
+            base=base,
+            adapters=adapters,
+            data=data,
+            out=out,
+            folder=run,
+            base_id=base_id,
+            experts=tuple(expert or ()),
+            bank=bank,
+            add=tuple(add or ()),
+            unlabelled=null_text,
+            loop=loop,
+            gates=settings,
+        )
     )
-    training = GateTraining(request)
     if not training.done:
         do(partial(train_gates, training.run), training.run.folder, loop.steps, Fleet(workers, gpu, cpus, restarts))
     finished = training.publish()
     console = Console()
     if said := held_out_line(last_metrics(training.run.folder)):
-        console.print(f"held-out rows: {said}", highlight=False)
-    console.print(f"{finished.path}: {len(finished.names)} experts, {len(finished.linears)} gates", highlight=False)
+        console.print(f"held-out rows: {said}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{finished.path}: {len(finished.names)} experts, {len(finished.linears)} gates",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def do(work: Work, folder: Path, steps: int, fleet: Fleet) -> None:

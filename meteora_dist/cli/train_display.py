@@ -19,9 +19,9 @@ _POLL_S = 0.5
 @contextmanager
 def following(folder: Path, steps: int) -> Iterator[None]:
     """Shows the progress of the run in ``folder`` on stderr, wherever its workers are."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     over = threading.Event()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
         task = progress.add_task("starting", total=steps)
 
         def look() -> None:

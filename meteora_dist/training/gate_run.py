@@ -20,6 +20,7 @@ from meteora_dist.bank import Bank, BankEdit, NewExpert, RoutingDefaults, edit_b
 from meteora_dist.bank.gates import model_order
 from meteora_dist.bank.write import check_new
 from meteora_dist.errors import InvalidRequest, TrainingError
+from meteora_dist.training.data import read_texts
 from meteora_dist.training.gate_worker import TRAINED_FILE
 from meteora_dist.training.run_folder import claim
 from meteora_dist.training.settings import GateRun, GateSettings, LoopSettings, Source
@@ -81,11 +82,12 @@ class GateTraining:
         self._old = None if request.bank is None else Bank.open(request.bank)
         check_new(request.out, ())
         self._check_options()
-        self._adapters = find_adapters(request.adapters, request.add if self._old else request.experts)
+        self._adapters = self._joining()
         old = {} if self._old is None else dict(zip(self._old.names, self._old.adapters, strict=True))
         check_adapters(request.base, {**old, **self._adapters})
         sources = find_sources(request.data, tuple(self._adapters), tuple(old), every=not request.experts)
         if request.unlabelled is not None:
+            read_texts(request.unlabelled)
             sources += (Source.of(NULL_EXPERT, request.unlabelled, unlabelled=True),)
         claim(request.folder, self._recipe(sources))
         if request.unlabelled is not None:
@@ -132,6 +134,18 @@ class GateTraining:
         joining = (*request.add, *([NULL_EXPERT] if request.unlabelled is not None else []))
         if known := [name for name in joining if name in self._old.names]:
             raise InvalidRequest(f"the bank has an expert {known[0]!r} already; it has {', '.join(self._old.names)}")
+
+    def _joining(self) -> dict[str, Adapter]:
+        """The adapters whose gate rows are trained, without the null expert's."""
+        request = self._request
+        if self._old is not None and not request.add:
+            return {}
+        found = find_adapters(request.adapters, request.experts if self._old is None else request.add)
+        if NULL_EXPERT in found and request.unlabelled is not None:
+            raise TrainingError(
+                f"there is an adapter named {NULL_EXPERT!r} already: leave --null-text out, or rename it"
+            )
+        return found
 
     def _recipe(self, sources: tuple[Source, ...]) -> dict[str, Any]:
         request, old = self._request, self._old

@@ -118,8 +118,12 @@ def test_an_expert_joins_and_the_others_rows_stay(tiny_base: Path, adapters: Pat
     first = request(tiny_base, adapters, tmp_path / "first", experts=("plain", "wide", "rooted"))
     old = trained(first)
     options = {"objective": "local", "lm": False, "teacher_forced": 0.5, "init": "normal"}
-    joined = trained(request(tiny_base, adapters, tmp_path / "second", options, bank=old.path, add=("partial",)))
-    assert joined.names == (*old.names, "partial")
+    texts = write_texts(tmp_path / "texts.jsonl")
+    asked = request(
+        tiny_base, adapters, tmp_path / "second", options, bank=old.path, add=("partial",), unlabelled=texts
+    )
+    joined = trained(asked)
+    assert joined.names == (*old.names, "partial", NULL_EXPERT)
     assert joined.manifest.generation == old.manifest.generation + 1
     assert {entry.gate for entry in joined.manifest.experts} == {"trained"}
     draft = Bank.open(tmp_path / "second" / "run" / "draft")
@@ -213,6 +217,14 @@ def test_experts_and_adapters_that_do_not_fit(tiny_base: Path, adapters: Path, t
     refused(request(other, adapters, tmp_path), AdapterError, "48", "40", "mlp")
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     refused(request(other, adapters, tmp_path), AdapterError, "model.layers.1", "lacks")
+
+
+def test_the_null_expert_alone_joins_a_bank(tiny_base: Path, tiny_bank: Bank, adapters: Path, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts.jsonl")
+    asked = request(tiny_base, adapters, tmp_path, bank=tiny_bank.path, unlabelled=texts)
+    assert GateTraining(asked).run.trained == (NULL_EXPERT,)
+    texts.write_text('{"text": "one"}\n{"words": "two"}\n')
+    refused(request(tiny_base, adapters, tmp_path, unlabelled=texts), DatasetError, "texts.jsonl", "line 2")
 
 
 def test_options_that_do_not_go_together(tiny_base: Path, tiny_bank: Bank, adapters: Path, tmp_path: Path) -> None:
