@@ -132,7 +132,7 @@ def test_an_expert_joins_and_the_others_rows_stay(tiny_base: Path, adapters: Pat
         assert not torch.equal(joined.gate(linear)[3], draft.gate(linear)[3])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not(
     tiny_base: Path, adapters: Path, tmp_path: Path, stage: int
 ) -> None:
