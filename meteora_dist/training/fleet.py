@@ -12,9 +12,8 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import RunConfig
 from ray.util.metrics import Gauge
 
 from meteora_cluster.local import local_ray
@@ -68,7 +67,7 @@ def run_fleet(work: Work, folder: Path, fleet: Fleet) -> None:
             scaling_config=ScalingConfig(
                 num_workers=fleet.workers, use_gpu=fleet.gpu, resources_per_worker=_resources(fleet)
             ),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]  # the class is that of Ray Train 2, its annotation of 1
                 name="ray",
                 storage_path=str(folder.resolve()),
                 failure_config=FailureConfig(max_failures=fleet.restarts),

@@ -49,7 +49,8 @@ class LoopLinear(nn.Module):
             if pair is not None and len(tokens):
                 scaled_S1 = (weights_TK[tokens, slots] * pair.scale)[:, None].to(x_TH.dtype)
                 delta_TO.index_add_(0, tokens, linear(linear(x_TH[tokens], pair.a_RH), pair.b_OR) * scaled_S1)
-        return (y_TO + delta_TO).unflatten(0, x_BLH.shape[:2])
+        y_BLO: Tensor = (y_TO + delta_TO).unflatten(0, x_BLH.shape[:2])
+        return y_BLO
 
 
 class LoopModel(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
+from meteora_dist.moe.experts import with_experts
 from meteora_dist.moe.gate import choose, gate_logits, scores
 from meteora_dist.moe.layer import RoutedGroup
 from meteora_dist.moe.routing import StepRouting
@@ -117,7 +118,7 @@ class TrainedGroup(nn.Module):
             tuple(part and replace(part, a_RH=now(e, n, "a"), b_RO=now(e, n, "b")) for n, part in enumerate(expert))
             for e, expert in enumerate(self._stack.experts)
         )
-        self.group.state = replace(self.group.state, stack=replace(self._stack, experts=experts, packed=None))
+        self.group.state = replace(self.group.state, stack=with_experts(self._stack, experts))
 
 
 def measure(logits_TNE: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
