@@ -12,8 +12,9 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.metrics import Gauge
 
 from meteora_cluster.local import local_ray
@@ -134,6 +135,9 @@ def prometheus_name(metric: str) -> tuple[str, dict[str, str]]:
 
 
 def _worker(config: dict[str, Any]) -> None:
+    # Workers of one machine see all of its GPUs; this one's is then what "cuda" means.
+    if (device := get_device()).type == "cuda":
+        torch.cuda.set_device(device)
     config["work"](RayKeeper(config["folder"]))
 
 

@@ -128,7 +128,9 @@ class GateTraining:
         if request.experts:
             raise TrainingError("--expert chooses the experts of a new bank; those that join one are named with --add")
         if request.gates.lora_learning_rate is not None:
-            raise TrainingError("experts that join a bank have only their gate rows trained: leave --lora-lr out")
+            raise TrainingError(
+                "experts that join a bank have only their gate rows trained: leave lora_learning_rate out"
+            )
         assert self._old is not None, "a bank was named"
         self._old.check_base(request.base)
         joining = (*request.add, *([NULL_EXPERT] if request.unlabelled is not None else []))

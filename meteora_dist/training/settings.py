@@ -94,7 +94,7 @@ class GateSettings(StrictModel):
     def _go_together(self) -> Self:
         if self.objective == "local" and (self.lm or self.lora_learning_rate):
             raise ValueError(
-                "the local objective has no backward pass through the model: it needs lm off (--no-lm) "
+                "the local objective has no backward pass through the model: it needs lm off (lm=false) "
                 "and frozen adapters"
             )
         if self.objective == "end-to-end" and not self.lm and not self.beta:
