@@ -6,8 +6,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from meteora_dist.evaluation.prompts import encode as encode
+from meteora_dist.evaluation.prompts import encode
 from meteora_dist.evaluation.tasks import TaskRow, read_task, split
+
+__all__ = ["BASE_ID", "DATA", "TASKS", "encode", "mixture", "task_rows"]
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

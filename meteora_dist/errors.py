@@ -111,5 +111,9 @@ class EvaluationError(MeteoraError):
     """An evaluation that cannot be: its options do not go together, or do not fit the tasks or the bank."""
 
 
+class TrainingError(MeteoraError):
+    """A training run that cannot be: its options do not go together, or do not fit the run it shall go on with."""
+
+
 class ModelError(CheckpointError):
     """A base model that is damaged, missing or of an unsupported shape."""

@@ -211,12 +211,15 @@ def read_adapter(folder: Path) -> Adapter:
     return AdapterReader().read(folder)
 
 
+def pair_names(module: str) -> tuple[str, str]:
+    """Names that A and B of a linear have in a weights file."""
+    return f"{_PREFIX}{module}{_A_SUFFIX}", f"{_PREFIX}{module}{_B_SUFFIX}"
+
+
 def _blocks(module: str, cut: PairCut) -> tuple[Block, Block]:
     """Of A and of B."""
-    return (
-        Block(f"{_PREFIX}{module}{_A_SUFFIX}", cut.ranks_a, cut.inputs),
-        Block(f"{_PREFIX}{module}{_B_SUFFIX}", cut.outputs, cut.ranks_b),
-    )
+    name_a, name_b = pair_names(module)
+    return Block(name_a, cut.ranks_a, cut.inputs), Block(name_b, cut.outputs, cut.ranks_b)
 
 
 def _digest(weights: Path, config: Mapping[str, Any]) -> str:
@@ -228,8 +231,7 @@ def _digest(weights: Path, config: Mapping[str, Any]) -> str:
 def _shapes(path: Path, header: Header, settings: LoraSettings) -> dict[str, LoraShape]:
     a_infos = _modules(header, _A_SUFFIX)
     b_infos = _modules(header, _B_SUFFIX)
-    used = {f"{_PREFIX}{module}{_A_SUFFIX}" for module in a_infos}
-    used |= {f"{_PREFIX}{module}{_B_SUFFIX}" for module in b_infos}
+    used = {pair_names(module)[0] for module in a_infos} | {pair_names(module)[1] for module in b_infos}
     if foreign := [name for name in header.tensors if name not in used]:
         raise AdapterError(path, f"holds tensors that plain LoRA on linears has no place for: {_listed(foreign)}")
     if not used:

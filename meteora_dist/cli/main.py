@@ -41,8 +41,9 @@ COMMANDS = (
     Command(("demo",), "meteora_dist.cli.demo", "command", "Serve the demo bank from two ranks and question it."),
     Command(("serve",), "meteora_dist.cli.serve", "command", "Serve a bank over HTTP and gRPC, and stay up."),
     Command(("check",), "meteora_dist.cli.check", "command", "Check a serve_config.yaml or a RayService strictly."),
-    Command(("keys", "new"), "meteora_dist.cli.keys", "new", "Make an API key and its entry for the keys file."),
+    Command(("train", "gates"), "meteora_dist.cli.train", "gates", "Train the gates of a bank from data sets."),
     Command(("train", "moa"), "meteora_dist.cli.train_moa", "command", "Train layer routers and LoRAs jointly (MoA)."),
+    Command(("keys", "new"), "meteora_dist.cli.keys", "new", "Make an API key and its entry for the keys file."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
     Command(("eval",), "meteora_dist.cli.eval", "command", "Score a bank against adapters, merges and other routers."),
     Command(("bench", "decode"), "meteora_dist.cli.bench_speed", "decode", "Measure tokens per second of decoding."),
@@ -50,6 +51,7 @@ COMMANDS = (
     Command(("bench", "scaling"), "meteora_dist.cli.bench", "scaling", "Measure two ranks against one."),
     Command(("bench", "capacity"), "meteora_dist.cli.bench", "capacity", "Measure what the ranks of a mesh hold."),
     Command(("bench", "kernels"), "meteora_dist.cli.bench_kernels", "kernels", "Measure what routing costs a layer."),
+    Command(("bench", "gates"), "meteora_dist.cli.bench_training", "gates", "Measure the training of gates."),
     Command(("bench", "serve"), "meteora_dist.cli.bench_serve", "serve", "Send load to any OpenAI endpoint."),
     Command(
         ("bench", "load"), "meteora_dist.cli.bench_local", "load", "Load a local service: errors, memory, refusals."
@@ -63,7 +65,7 @@ COMMANDS = (
 GROUPS = {
     "bench": "Measure how fast it is, how much it holds and what it survives.",
     "keys": "API keys of the service's callers.",
-    "train": "Train what routes requests to experts.",
+    "train": "Make banks from adapters and data sets.",
 }
 
 

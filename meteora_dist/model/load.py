@@ -46,8 +46,12 @@ def accelerator() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> PreTrainedModel:
-    """The causal language model in ``folder``, on the accelerator, in evaluation mode, with frozen weights.
+def load_base(
+    folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The causal language model in ``folder``, in evaluation mode, with frozen weights.
+
+    It goes to ``device``, the accelerator by default.
 
     With ``tp`` above 1 the process must be one of ``ep * tp`` in the default process group, and every one of them has
     to call: neighbours form a tp group, and each reads only its own slices of the weights.
@@ -74,7 +78,7 @@ def load_base(folder: Path, dtype: torch.dtype, ep: int = 1, tp: int = 1) -> Pre
         raise ModelError(folder, f"cannot be loaded as a causal language model: {error}") from error
     if tp == 1:
         # The parts of a split model are on their devices already.
-        model.to(accelerator())  # type: ignore[arg-type]  # transformers' own signature of to() hides torch's
+        model.to(device or accelerator())  # type: ignore[arg-type]  # transformers' own signature of to() hides torch's
     model.eval()
     model.requires_grad_(False)
     return model

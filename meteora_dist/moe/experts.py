@@ -7,6 +7,7 @@ P = N * E, R rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from meteora_dist.adapters import Adapter, PairPlace
 from meteora_dist.bank import Bank
 from meteora_dist.errors import AdapterError, BankError
 from meteora_dist.moe.sharding import GroupShape
-from meteora_kernels.routed_lora.plan import arrange
+from meteora_kernels.routed_lora.plan import arrange, located
 from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, stack
 
 
@@ -55,6 +56,11 @@ def stack_experts(experts: Sequence[Expert], shape: GroupShape, dtype: torch.dty
     There is room for the matrices of those that are not read yet.
     """
     return arrange(stack(experts, shape.local_inputs, shape.local_outputs, dtype, device))
+
+
+def with_experts(stack: LoraStack, experts: Sequence[Expert]) -> LoraStack:
+    """A stack of the same pairs with other matrices, which may have gradients; they are not copied side by side."""
+    return located(replace(stack, experts=tuple(experts), packed=None, tables=None))
 
 
 def read_gates(bank: Bank, shape: GroupShape, device: torch.device) -> Tensor:

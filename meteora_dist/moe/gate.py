@@ -99,15 +99,28 @@ def _route_generation(x_TH: Tensor, gates: GroupGates, step: StepRouting) -> tup
 
 def _choose(x_TH: Tensor, gates: GroupGates, step: StepRouting) -> tuple[Tensor, Tensor]:
     """Expert ids of the generation, and weights."""
-    shape = (-1, gates.num_linears, -1)
     if not step.gated:
+        shape = (-1, gates.num_linears, -1)
         return step.ids_TK[:, None].expand(shape), step.weights_TK[:, None].expand(shape)
     logits_TNE = gates.complete(gate_logits(x_TH, gates.stacked[step.index], gates.num_linears))
     if plan.runs_kernels(x_TH.device):
         chosen = plan.choose(logits_TNE, choice_of(replace(step, slot_E=None)))
         return chosen.slots_TNK, chosen.weights_TNK
-    if step.prototype_E is not None:
-        logits_TNE = torch.where(step.prototype_E, logits_TNE.abs(), logits_TNE)
+    return choose(scores(logits_TNE, step.prototype_E), step)
+
+
+def scores(logits_TNE: Tensor, prototype_E: Tensor | None) -> Tensor:
+    """What experts are ranked by: their logits, and of prototypes the size of theirs."""
+    return logits_TNE if prototype_E is None else torch.where(prototype_E, logits_TNE.abs(), logits_TNE)
+
+
+def choose(logits_TNE: Tensor, step: StepRouting) -> tuple[Tensor, Tensor]:
+    """Expert ids and weights, each [T, N, K], of a pass whose gates decide for some tokens or for all.
+
+    Args:
+        logits_TNE: The ``scores`` of the generation's experts, for all tokens.
+        step: What the requests chose.
+    """
     if step.top_k_T is None:
         temperature_T11 = None if step.temperature_T1 is None else step.temperature_T1[:, None]
         ids_TNK, weights_TNK = topk_softmax(logits_TNE, step.slots, temperature_T11)

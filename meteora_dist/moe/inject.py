@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from meteora_dist.bank import Bank
 from meteora_dist.errors import BankError
 from meteora_dist.moe.holdings import Holdings, first_states
-from meteora_dist.moe.layer import RoutedGroup, RoutingContext, SharedDeltas
+from meteora_dist.moe.layer import DeltaSource, RoutedGroup, RoutingContext, SharedDeltas
 from meteora_dist.moe.linears import SHARED_INPUTS
 from meteora_dist.moe.placement import Placement
 from meteora_dist.moe.residency import Residency
@@ -27,6 +27,7 @@ def inject(
     dtype: torch.dtype,
     placement: Placement | None = None,
     place: Place | None = None,
+    before: Callable[[RoutedGroup], DeltaSource] | None = None,
 ) -> RoutedModel:
     """Replaces every linear a bank targets by a routed one; see ``inject_holdings``.
 
@@ -36,6 +37,7 @@ def inject(
         dtype: Of this rank's experts.
         placement: Of the bank's adapters, each in the slot of its index; by default one group holds all.
         place: This rank's; by default it is alone.
+        before: Makes what stands between a group and its linears; None for nothing.
 
     Raises:
         CheckpointError: The bank does not fit the model.
@@ -43,11 +45,15 @@ def inject(
     residency = Residency.of(bank, 1 if placement is None else placement.groups)
     if placement is not None:
         residency = residency.placed(placement)
-    return inject_holdings(model, Holdings(residency, {bank.manifest.generation: bank}), dtype, place)
+    return inject_holdings(model, Holdings(residency, {bank.manifest.generation: bank}), dtype, place, before)
 
 
 def inject_holdings(
-    model: PreTrainedModel, holdings: Holdings, dtype: torch.dtype, place: Place | None = None
+    model: PreTrainedModel,
+    holdings: Holdings,
+    dtype: torch.dtype,
+    place: Place | None = None,
+    before: Callable[[RoutedGroup], DeltaSource] | None = None,
 ) -> RoutedModel:
     """Replaces every linear that a live generation targets by a routed one.
 
@@ -57,6 +63,7 @@ def inject_holdings(
         holdings: The live generations, and who holds what of them.
         dtype: Of this rank's experts.
         place: This rank's; by default it is alone.
+        before: Makes what stands between a group and its linears; None for nothing.
 
     Raises:
         CheckpointError: A bank targets a linear the model lacks, or of another shape, or split in another way than by
@@ -69,7 +76,7 @@ def inject_holdings(
     groups = []
     for shape, state in zip(shapes, first_states(shapes, holdings, place.group, dtype, model.device), strict=True):
         group = RoutedGroup(shape, state, place.dispatcher, context, None if tp is None else tp.add_up)
-        shared = SharedDeltas(group)
+        shared = SharedDeltas(group if before is None else before(group))
         for index, name in enumerate(shape.names):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, routed_linear(model, name, tp, shared, index))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ class RoutedGroup(nn.Module):
         gates = GroupGates(len(self.names), self.state.gates, self.state.absent, self._complete_logits)
         slots_TNK, weights_TNK = route(x_TH, gates, step)
         self._context.loads.see(slots_TNK)
-        return self._exchange(x_TH, slots_TNK, weights_TNK)
+        return self.deltas(x_TH, slots_TNK, weights_TNK)
 
     def _fuses(self, x_TH: Tensor, step: StepRouting) -> bool:
         """Whether kernels may route and compute at once: nothing travels in between, and nobody wants to look in."""
@@ -150,9 +150,16 @@ class RoutedGroup(nn.Module):
         device = stack.scales_NE.device
         slots_TNK = torch.full((0, len(self.names), slots), NO_EXPERT, device=device)
         x_TH = torch.empty(0, stack.in_features, dtype=stack.dtype, device=device)
-        self._exchange(x_TH, slots_TNK, slots_TNK.float())
+        self.deltas(x_TH, slots_TNK, slots_TNK.float())
 
-    def _exchange(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
+    def deltas(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
+        """The N deltas [T, O_n] of slots that are chosen already.
+
+        Args:
+            x_TH: The linears' shared input.
+            slots_TNK: Slots of the roster, ``NO_EXPERT`` where unused.
+            weights_TNK: Their weights, fp32.
+        """
         state = self.state
         sent = self._dispatcher.dispatch(x_TH, slots_TNK, weights_TNK, state.targets_DG)
         return self._dispatcher.combine(self._deltas(sent, state.stack), sent.exchange)
@@ -170,10 +177,21 @@ class RoutedGroup(nn.Module):
         return self._add_up(logits_TNE, "gate_logits") if partial and self._add_up else logits_TNE
 
 
+class DeltaSource(Protocol):
+    """What linears with a shared input get their deltas from: a ``RoutedGroup``, or what stands before one."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See ``RoutedGroup``."""
+
+    def __call__(self, x_TH: Tensor) -> tuple[Tensor, ...] | None:
+        """See ``RoutedGroup.forward``."""
+
+
 class SharedDeltas:
     """Hands a group's deltas to its linears: the first to be called computes them for all."""
 
-    def __init__(self, group: RoutedGroup) -> None:
+    def __init__(self, group: DeltaSource) -> None:
         """Serves the linears of ``group``."""
         self.group = group
         self._input: Tensor | None = None
@@ -187,13 +205,18 @@ class SharedDeltas:
         """
         if index == 0:
             self._input, self._deltas = x, self.group(x.reshape(-1, x.shape[-1]))
-        elif x is not self._input:
+        elif self._input is None or not _same(x, self._input):
             names = self.group.names
             raise RuntimeError(f"{names[index]} must be called right after {names[0]}, with the very same input")
         deltas = self._deltas
         if index + 1 == len(self.group.names):
             self._input = self._deltas = None
         return None if deltas is None else deltas[index]
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    """Whether two live tensors are one; DeepSpeed hands every module a view of its own."""
+    return x is other or (x.data_ptr() == other.data_ptr() and x.shape == other.shape)
 
 
 class RoutedLinear(nn.Module):
@@ -209,7 +232,9 @@ class RoutedLinear(nn.Module):
     @property
     def group(self) -> RoutedGroup:
         """The linears that route together with this one."""
-        return self._shared.group
+        group = self._shared.group
+        assert isinstance(group, RoutedGroup), "only training puts something before the group"
+        return group
 
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., O] of x [..., H]."""
@@ -225,6 +250,8 @@ class RoutedLinear(nn.Module):
         base = self.base_layer
         # A tp group replaces the forward of its linears; gradients would want the delta as it was.
         plain = type(base) is nn.Linear and base.bias is None and "forward" not in vars(base)
+        # ZeRO stage 3 has an empty weight here, and gathers the real one when the base linear is called.
+        plain = plain and base.weight.dim() == 2
         return plan.runs_kernels(x.device) and plain and not torch.is_grad_enabled()
 
     def with_delta(self, y: Tensor, x: Tensor) -> Tensor:

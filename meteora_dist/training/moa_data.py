@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meteora_dist.errors import CheckpointError
 from meteora_dist.evaluation.tasks import TaskRow, read_task, split
+from meteora_dist.training import data
 from meteora_dist.training.gate_loss import IGNORE
 
 
@@ -78,11 +79,8 @@ class DomainBatch:
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow, expert: int) -> DomainRow:
     """The prompt in the model's chat template, and the answer with its end of sequence."""
-    turns = [{"role": "user", "content": row.prompt}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    answer_ids = tokenizer(row.target, add_special_tokens=False).input_ids
-    return DomainRow(tuple(prompt_ids), (*answer_ids, tokenizer.eos_token_id), expert)
+    prompt_ids, answer_ids = data.encode(tokenizer, row)
+    return DomainRow(tuple(prompt_ids), tuple(answer_ids), expert)
 
 
 def collate(rows: Sequence[DomainRow], pad_id: int) -> DomainBatch:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,23 @@ from meteora_dist.serving.config_file import ServeFile, parse_serve_config
 from tests.support.kustomize import Manifest, render
 
 ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
 OVERLAYS = ("cpu-demo", "gpu", "gpu-ha")
+Schema = Callable[[Manifest], list[str]]
+"""What is wrong with a manifest."""
+
+
+def kuberay_schema(kind: str, folder: Path) -> Schema:
+    """KubeRay's schema of one kind, such as ``rayjobs``: reading all of them takes long."""
+    if not (SHARED / "data" / "crds").exists():
+        pytest.skip("KubeRay's CRDs are not beside this checkout")
+    spec = importlib.util.spec_from_file_location("validate_crd", SHARED / "tools" / "validate_crd.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    shutil.copy(SHARED / "data" / "crds" / f"ray.io_{kind}.yaml", folder)
+    return partial(tool.check, tool.load_crds(str(folder)))
 
 
 @dataclass(frozen=True)

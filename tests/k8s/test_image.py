@@ -60,7 +60,7 @@ def test_every_image_ends_without_root() -> None:
     for name, steps in stages().items():
         users = [rest for instruction, rest in steps if instruction == "USER"]
         assert users[-1] == "1000:100", name
-    assert set(stages()) == {"wheel", "cpu", "gpu", "demo"}
+    assert set(stages()) == {"wheel", "cpu", "gpu", "train", "demo"}
 
 
 def test_every_installation_is_pinned_and_every_image_checked() -> None:

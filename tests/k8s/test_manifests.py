@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +12,10 @@ import yaml
 import meteora_dist
 from meteora_dist.serving.app import application
 from meteora_dist.serving.gate import KEYS_FILE_VARIABLE
-from tests.k8s.conftest import OVERLAYS, ROOT, Overlay
+from tests.k8s.conftest import OVERLAYS, ROOT, Overlay, Schema, kuberay_schema
 from tests.support.kustomize import Manifest, render_by_kubectl, render_by_reading
 from tests.test_packaging import pins
 
-SHARED = ROOT.parent / "shared"
 GUIDE = (ROOT / "docs" / "operations.md").read_text()
 GATEWAY = list(yaml.safe_load_all((ROOT / "k8s" / "examples" / "gateway.yaml").read_text()))
 DEMO_FILE = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
@@ -37,22 +33,11 @@ def test_our_reading_of_a_kustomization_is_kubectls(name: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def schema(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Manifest], list[str]]:
-    """KubeRay's schema: what is wrong with a manifest."""
-    if not (SHARED / "data" / "crds").exists():
-        pytest.skip("KubeRay's CRDs are not beside this checkout")
-    folder = tmp_path_factory.mktemp("crds")
-    spec = importlib.util.spec_from_file_location("validate_crd", SHARED / "tools" / "validate_crd.py")
-    assert spec
-    assert spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    # Just the one that is used: reading all of them takes long.
-    shutil.copy(SHARED / "data" / "crds" / "ray.io_rayservices.yaml", folder)
-    return partial(tool.check, tool.load_crds(str(folder)))
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Schema:
+    return kuberay_schema("rayservices", tmp_path_factory.mktemp("crds"))
 
 
-def test_kuberays_schema_knows_every_field(overlay: Overlay, schema: Callable[[Manifest], list[str]]) -> None:
+def test_kuberays_schema_knows_every_field(overlay: Overlay, schema: Schema) -> None:
     assert schema(overlay.service) == []
 
 

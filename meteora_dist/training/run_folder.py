@@ -1,0 +1,48 @@
+"""The folder of a training run: begun once, gone on with as often as it takes, and only with the same options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from meteora_dist.errors import TrainingError
+
+RUN_FILE = "run.json"
+
+
+def claim(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Begins a run in ``folder``, or goes on with the one that was begun there.
+
+    Args:
+        folder: Of the run; made if it is not there.
+        recipe: All that the result depends on, as JSON can hold it.
+
+    Raises:
+        TrainingError: The run there was begun with another recipe; names what differs.
+    """
+    path = folder / RUN_FILE
+    if path.exists():
+        before = json.loads(path.read_text())
+        now = json.loads(json.dumps(recipe))
+        if differing := sorted(_differing(before, now, "")):
+            raise TrainingError(
+                f"{folder} holds a run that was begun with other settings ({', '.join(differing[:8])}); "
+                "give them as they were to go on with it, or name another folder"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise TrainingError(f"{folder} holds files, but no run; name a folder that is empty or not there yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(recipe, indent=1) + "\n")
+    partial.rename(path)
+
+
+def _differing(before: Any, now: Any, prefix: str) -> set[str]:
+    """Paths of what differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = before.keys() | now.keys()
+        return {path for key in keys for path in _differing(before.get(key), now.get(key), f"{prefix}{key}.")}
+    return set() if before == now else {prefix.rstrip(".")}
