@@ -5,18 +5,16 @@ Shapes: R rank, H input features, O output features, D decoder layers, E experts
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from meteora_dist.adapters import Adapter, LoraPair, read_adapter
-from meteora_dist.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
-from meteora_dist.adapters.tensors import torch_dtype
+from meteora_dist.adapters.adapter import CONFIG_FILE
+from meteora_dist.adapters.write import write_changed
 from meteora_dist.bank import Bank, Routers, write_bank
 from meteora_dist.bank.prototype import prototype_row
 from meteora_dist.errors import BankError, ExpertNotFound
@@ -72,7 +70,10 @@ def write_trained(path: Path, base: Path, bank: Bank, routed: RoutedModel, objec
         if objective.settings.train_loras:
             for expert in objective.trained:
                 name = bank.names[expert]
-                folders[name] = _write_adapter(bank.adapters[expert], Path(workshop) / name, objective, expert)
+                adapter = bank.adapters[expert]
+                folders[name] = write_changed(
+                    adapter, Path(workshop) / name, _trained_pairs(adapter, objective, expert)
+                )
         untrained = {entry.name for entry in bank.manifest.experts if entry.router == "none"}
         untrained -= {bank.names[expert] for expert in objective.trained}
         layers = decoder_layers(routed.model)
@@ -100,19 +101,10 @@ def _parent(path: Path) -> Path:
     return path.parent
 
 
-def _write_adapter(adapter: Adapter, folder: Path, objective: MoaObjective, expert: int) -> Path:
-    """The adapter with its trained matrices, in the dtype it had."""
-    folder.mkdir()
-    shutil.copyfile(adapter.path / CONFIG_FILE, folder / CONFIG_FILE)
-    tensors = {}
-    for linear in adapter.shapes:
-        pair = objective.pair(linear, expert)
-        assert pair is not None, "every pair of a trained expert is trained"
-        for which, matrix in zip("AB", pair, strict=True):
-            name = f"base_model.model.{linear}.lora_{which}.weight"
-            tensors[name] = matrix.cpu().to(torch_dtype(adapter.header.tensors[name].dtype)).contiguous()
-    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
-    return folder
+def _trained_pairs(adapter: Adapter, objective: MoaObjective, expert: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """a_RH and b_OR of every linear of a trained expert."""
+    pairs = {linear: objective.pair(linear, expert) for linear in adapter.shapes}
+    return {linear: (pair[0].cpu(), pair[1].cpu()) for linear, pair in pairs.items() if pair is not None}
 
 
 def _gates(bank: Bank, adapters: Mapping[str, Adapter], objective: MoaObjective) -> dict[str, Tensor]:

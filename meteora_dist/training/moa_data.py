@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from meteora_dist.errors import CheckpointError
-from meteora_dist.evaluation.tasks import TaskRow, read_task, split
-from meteora_dist.training import data
+from meteora_dist.evaluation.tasks import read_task, split
+from meteora_dist.training.data import encode
 from meteora_dist.training.gate_loss import IGNORE
 
 
@@ -75,12 +75,6 @@ class DomainBatch:
         """The same on ``device``."""
         tensors = (self.ids_BL.to(device), self.mask_BL.to(device), self.labels_BL.to(device))
         return DomainBatch(*tensors, self.prompts, self.experts)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow, expert: int) -> DomainRow:
-    """The prompt in the model's chat template, and the answer with its end of sequence."""
-    prompt_ids, answer_ids = data.encode(tokenizer, row)
-    return DomainRow(tuple(prompt_ids), tuple(answer_ids), expert)
 
 
 def collate(rows: Sequence[DomainRow], pad_id: int) -> DomainBatch:
@@ -151,7 +145,8 @@ def read_domains(
             raise CheckpointError(folder, f"has neither {name}.jsonl nor {name}.jsonl.gz, the rows of expert {name}")
         parts = []
         for part in split(read_task(path)):
-            encoded = [encode(tokenizer, row, expert) for row in part]
+            texts = [encode(tokenizer, row) for row in part]
+            encoded = [DomainRow(tuple(one.prompt_ids), tuple(one.answer_ids), expert) for one in texts]
             parts.append(tuple(row for row in encoded if row.length <= max_tokens))
             skipped += len(encoded) - len(parts[-1])
         training[expert], held_out[expert] = parts
