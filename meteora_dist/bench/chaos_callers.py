@@ -61,10 +61,14 @@ class Stream:
         self.times += [time.monotonic()] * len(tokens)
         self.text += text
 
+    def has_token_after(self, moment: float) -> bool:
+        """Whether a token came after ``moment``."""
+        return len(self.times) > 1 and self.times[-1] >= moment
+
     def pause_s(self, start: float, end: float) -> float:
-        """Longest time without a token that lies in ``start`` to ``end``, at least in part; counted from ``start``."""
+        """Longest time without a token within ``start`` to ``end``."""
         gaps = zip(self.times, self.times[1:], strict=False)
-        return max((late - max(early, start) for early, late in gaps if late > start and early < end), default=0.0)
+        return max([0.0, *(min(late, end) - max(early, start) for early, late in gaps)])
 
 
 class Callers:

@@ -46,7 +46,7 @@ class World:
         self.blueprint = blueprint
         self.residency = blueprint.residency
         self._uses: Uses[int] = Uses()
-        self._behind: Uses[Crew] = Uses()
+        self._behind: Uses[asyncio.Future[Crew]] = Uses()
         self._changing = asyncio.Lock()
         self._background = Background()
         self._standby = Standby()
@@ -177,6 +177,8 @@ class World:
         wait_s: float | None = self.blueprint.config.rebuild_wait_s
         with ExitStack() as behind:
             while losses <= self.blueprint.config.max_rebuilds:
+                if losses or not self._crew.done():
+                    behind.enter_context(self._behind.of(self._crew))
                 crew = await self._serving(wait_s)
                 try:
                     async with aclosing(crew.generate(request.after(tokens))) as events:
@@ -190,7 +192,7 @@ class World:
                     # Whoever notices first opens the rebuild, so that nobody asks this crew again.
                     self._leave(crew)
                     losses, wait_s = losses + 1, None
-                    behind.enter_context(self._behind.of(crew))
+                    behind.close()
         raise EngineUnavailable(f"the engine was lost {losses} times while it worked on this request: try again later")
 
     def stop(self) -> None:
@@ -222,36 +224,34 @@ class World:
             self._fail(str(error))
 
     async def _replace(self, crew: Crew) -> None:
-        fruitless, before = 0, None
+        fruitless = 0
         while True:
-            cause = await self._end_of(crew, before)
+            cause = await self._end_of(crew)
             lost = time.monotonic()
             self._count(lost=1)
             self._leave(crew)
             crew.stop()
             logger.error("the ranks are lost, and are started again: %s", cause)
-            before = crew
             crew, fruitless = await self._rebuilt(0 if crew.produced else fruitless)
             gone_s = time.monotonic() - lost
             self._count(rebuilt=1, rebuild_s=gone_s)
             logger.warning("the ranks are back after %.1f s", gone_s)
             self._crew.set_result(crew)
 
-    async def _end_of(self, crew: Crew, before: Crew | None) -> str:
+    async def _end_of(self, crew: Crew) -> str:
         """Why ``crew`` was lost; as long as it lives, others start to stand by."""
-        replenishing = asyncio.ensure_future(self._replenish(before))
+        replenishing = asyncio.ensure_future(self._replenish())
         try:
             return await crew.end()
         finally:
             replenishing.cancel()
 
-    async def _replenish(self, before: Crew | None) -> None:
-        """Lets actors start to stand by once all requests of the crew before have gone on.
+    async def _replenish(self) -> None:
+        """Lets actors start to stand by once every request that waited for this crew has a token of it.
 
-        While those are read again every core is needed: processes that start then double the time they take.
+        While it reads their prompts every core is needed: processes that start then double the time it takes.
         """
-        if before is not None:
-            await self._behind.none(before)
+        await self._behind.none(self._crew)
         self._standby = self.blueprint.standby()
 
     async def _rebuilt(self, fruitless: int) -> tuple[Crew, int]:

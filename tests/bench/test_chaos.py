@@ -38,8 +38,19 @@ def test_a_pause_counts_from_the_fault() -> None:
     # asked at 0; tokens at 1, 2 and 9; the fault at 2.5
     got = Stream(times=[0.0, 1.0, 2.0, 9.0])
     assert got.pause_s(2.5, 20.0) == 6.5
-    assert got.pause_s(0.5, 2.5) == 7.0
     assert got.pause_s(9.5, 20.0) == 0.0
+
+
+def test_a_pause_ends_with_the_next_fault() -> None:
+    got = Stream(times=[0.0, 1.0, 2.0, 9.0])
+    assert got.pause_s(0.5, 4.5) == 2.5
+    assert got.pause_s(4.5, 20.0) == 4.5
+
+
+def test_a_stream_without_a_token_has_not_recovered() -> None:
+    assert not Stream(times=[5.0]).has_token_after(4.0)
+    assert not Stream(times=[1.0, 3.0]).has_token_after(4.0)
+    assert Stream(times=[1.0, 4.0]).has_token_after(4.0)
 
 
 @pytest.mark.slow

@@ -226,6 +226,14 @@ async def test_standby_ranks_take_the_places_of_lost_ones(own_ray: None, tmp_pat
             await kill(world)
             assert [first, *await asyncio.wait_for(rest(stream), PATIENCE_S)] == list(range(1, 21))
             assert await asyncio.gather(*(actor.is_prepared.remote() for actor in actors(world))) == [True, True]
+        tokens = asyncio.ensure_future(rest(world.generate(request("slow", 2, milliseconds=1500))))
+        await asyncio.sleep(0.5)
+        await kill(world)
+        await until("rebuilding", world)
+        await until("serving", world)
+        assert not world._standby._actors, "they would take the time that the request needs"
+        assert await asyncio.wait_for(tokens, PATIENCE_S) == [1, 2]
+        assert len(world._standby._actors) == 2
     finally:
         world.stop()
         remove_placement_group(home)
