@@ -11,7 +11,8 @@ from itertools import zip_longest
 
 from meteora_cluster.member import free_port
 from meteora_dist.bench.chaos_callers import Callers, Question, Stream, connected
-from meteora_dist.bench.chaos_ranks import Fault, FragileServer, harm
+from meteora_dist.bench.chaos_ranks import Fault, harm
+from meteora_dist.bench.chaos_server import FragileServer
 from meteora_dist.bench.findable import Found, ranks
 from meteora_dist.errors import EngineUnavailable
 from meteora_dist.serving.config import ServiceConfig

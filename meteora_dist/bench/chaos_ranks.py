@@ -1,14 +1,12 @@
-"""A service whose ranks can be harmed from outside."""
+"""Ranks that can be harmed from outside. Like real ones, they import nothing that only a replica needs."""
 
 from __future__ import annotations
 
 import os
 import signal
-from typing import ClassVar, Literal
+from typing import Literal
 
 from meteora_dist.bench.findable import FindableRank, Found
-from meteora_dist.serving.ranks import RankActor
-from meteora_dist.serving.server import Server
 
 Fault = Literal["kill", "stop", "raise"]
 
@@ -27,12 +25,6 @@ class FragileRank(FindableRank):
     async def break_next_pass(self) -> None:
         """Plants an error at the first routed linears of the model."""
         self._running().routed.groups[0].register_forward_pre_hook(_fail)
-
-
-class FragileServer(Server):
-    """A replica with such ranks."""
-
-    member: ClassVar[type[RankActor]] = FragileRank
 
 
 def _fail(*_: object) -> None:
