@@ -1,4 +1,4 @@
-"""The sparse regime of the CPU against the reference, added in place."""
+"""Deltas added in place on the CPU, of few experts and of many, against the reference."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from meteora_kernels.routed_lora.dense import pack
+from meteora_kernels.routed_lora.dense import add_routed_lora_dense, pack, row_weights
 from meteora_kernels.routed_lora.reference import routed_lora_reference
-from meteora_kernels.routed_lora.sparse import add_expert, add_routed_lora_sparse, pair_rows
+from meteora_kernels.routed_lora.sparse import add_expert, add_routed_lora_sparse, pair_rows, worthwhile
 from meteora_kernels.routed_lora.stack import LoraStack, stack, whole_part
 
 INPUTS, OUTPUTS = 24, (16, 8, 8)
@@ -72,6 +72,25 @@ def test_a_token_of_many_experts_has_the_same_bits_alone_and_in_company() -> Non
         one = slice(token, token + 1)
         add_routed_lora_sparse(outputs_of(alone[one]), x_TH[one], held, pair_rows(held), ids_TNK[one], weights_TNK[one])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("ranks", [RANKS, ((4, 4, 4), (4, 4, 4))], ids=["mixed", "alike"])
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_few_experts_are_added_as_whole_products(ranks: tuple[tuple[int | None, ...], ...], tokens: int) -> None:
+    held, generator = a_stack(ranks), torch.Generator().manual_seed(tokens)
+    x_TH = torch.randn(tokens, INPUTS, generator=generator)
+    ids_TNK = torch.rand(tokens, 3, held.num_experts, generator=generator).argsort(-1)[..., :2]
+    ids_TNK = ids_TNK.masked_fill(torch.rand(tokens, 3, 2, generator=generator) < 0.3, -1)
+    weights_TNK = torch.rand(tokens, 3, 2, generator=generator).masked_fill(ids_TNK < 0, 0.0)
+    y_TY = torch.ones(tokens, 32)
+    add_routed_lora_dense(outputs_of(y_TY), x_TH, held, row_weights(held, ids_TNK, weights_TNK))
+    deltas = routed_lora_reference(x_TH, held, ids_TNK, weights_TNK)
+    torch.testing.assert_close(y_TY, 1 + torch.cat(deltas, dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_many_experts_are_those_of_which_tokens_want_few() -> None:
+    of_28 = a_stack(((2, 2, 2),) * 28)
+    assert [worthwhile(of_28, slots) for slots in (1, 2, 3, 4)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("expert", range(4))
