@@ -34,12 +34,14 @@ class RoutingContext:
     Attributes:
         step: The routing of the pass.
         loads: Counts the slots that passes use.
+        shared: What groups worked out in this pass for those that are alike: slots and row weights.
     """
 
     def __init__(self, adapters: Sequence[str] = ()) -> None:
         """Starts outside any pass; ``adapters`` are the digests of those in the slots."""
         self.step: PassRouting | None = None
         self.loads = SlotLoads(adapters)
+        self.shared: dict[str, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def routed(self, step: PassRouting | None) -> Iterator[None]:
@@ -49,6 +51,7 @@ class RoutingContext:
             yield
         finally:
             self.step = None
+            self.shared.clear()
             self.loads.settle()
 
 

@@ -21,6 +21,7 @@ def test_ties_go_to_the_smaller_id() -> None:
     ids_TK, weights_TK = topk_softmax(torch.zeros(3, 40), 4)
     assert ids_TK.tolist() == [[0, 1, 2, 3]] * 3
     assert weights_TK.tolist() == [[0.25] * 4] * 3
+    assert topk_softmax(torch.tensor([[1.0, 2.0, 0.0, 2.0] * 10]), 1)[0].tolist() == [[1]]
 
 
 def test_one_expert_has_weight_one_at_any_temperature() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,21 @@ def test_it_adds_counts_and_records_what_the_group_does(
         assert torch.equal(counts[1] - counts[0], counts[2] - counts[1])
         if trace:
             torch.testing.assert_close(steps[0].shares_TE, steps[1].shares_TE)
+
+
+def test_groups_share_in_a_pass_only_what_they_have_in_common(routed: RoutedModel) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for choices in ([named(0), named(3), named(1)], [named(3), BASE, named(0)]):
+        step = step_of(choices, 6, trace=False)
+        with torch.no_grad(), routed.context.routed(step):
+            for group in routed.groups:
+                x_TH = torch.randn(6, group.shape.in_features, generator=generator)
+                ends = [0, *accumulate(group.shape.out_features)]
+                found = torch.zeros(6, ends[-1])
+                LocalDeltas(group, [slice(*pair) for pair in pairwise(ends)]).add_to(found, x_TH)
+                torch.testing.assert_close(found, torch.cat(group(x_TH), dim=1), rtol=1e-4, atol=1e-4)
+            assert 1 <= len(routed.context.shared) < len(routed.groups)
+        assert not routed.context.shared
 
 
 def test_a_pass_of_the_base_model_adds_nothing(routed: RoutedModel) -> None:

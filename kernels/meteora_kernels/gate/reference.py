@@ -28,6 +28,9 @@ def topk_softmax(logits_TE: Tensor, top_k: int, temperature_T1: Tensor | None = 
     Returns:
         ids_TK (int64, by falling logit) and weights_TK (fp32, each row sums to 1).
     """
+    if top_k == 1 and not logits_TE.requires_grad:
+        ids_T1 = logits_TE.argmax(-1, keepdim=True)
+        return ids_T1, torch.ones_like(ids_T1, dtype=logits_TE.dtype)
     # A stable sort, because torch.topk leaves the order of ties open.
     values_TE, order_TE = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
     chosen_TK = values_TE[..., :top_k]

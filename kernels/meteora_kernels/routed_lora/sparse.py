@@ -5,7 +5,7 @@ sum of rows (``torch.embedding_bag``). Both read matrices where they lie, so the
 experts, and every token is computed for itself, so its result does not depend on the others. Formula and twin:
 ``reference.py``.
 
-Shapes: as there; P = N * E pairs, R the largest rank of the stack, Y the outputs of all linears side by side.
+Shapes: as there; P = N * E pairs, R the largest rank of the stack.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from meteora_kernels.routed_lora.stack import Expert, LoraStack
 
 WORTHWHILE = 8
-"""Rows of A for each wanted one from which on only wanted entries are computed; fewer are faster as a whole product."""
+"""Rows of A for each one a token wants above which this regime is faster than the dense one, for few tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +68,25 @@ def pair_rows(stack: LoraStack) -> PairRows:
     )
 
 
+def worthwhile(stack: LoraStack, slots: int) -> bool:
+    """Whether a packed stack has so many experts that few tokens of K = ``slots`` are better served by this regime."""
+    packed = stack.packed
+    assert packed is not None, "the sparse regime reads packed matrices"
+    return len(packed.a_CH) > WORTHWHILE * stack.num_linears * slots * stack.max_rank
+
+
 def add_routed_lora_sparse(
-    y_TY: Tensor,
-    columns: Sequence[slice],
+    outputs: Sequence[Tensor],
     x_TH: Tensor,
     stack: LoraStack,
     where: PairRows,
     ids_TNK: Tensor,
     weights_TNK: Tensor,
 ) -> None:
-    """Adds the deltas of the N linears to their columns of ``y_TY``. fp32, without gradients.
+    """Adds the deltas of the N linears to ``outputs``, each [T, O_n]. fp32, without gradients.
 
     Args:
-        y_TY: Changed in place.
-        columns: Of every linear.
+        outputs: Changed in place.
         x_TH: As in the reference, as are the others.
         stack: Packed.
         where: Its rows.
@@ -102,24 +107,21 @@ def add_routed_lora_sparse(
         rows_TNJ, weights_TNJ = rows_SR.view(tokens, linears, -1) - where.first_N1, weights_SR.view(tokens, linears, -1)
         rows_NS, weights_NS = (of.transpose(0, 1).flatten(1) for of in (rows_TNJ, weights_TNJ))
     bags_T = _ends(tokens, rows_NS.shape[1] // tokens)[:-1]
-    for n, b_CO in enumerate(packed.b_CO):
+    for n, (y_TO, b_CO) in enumerate(zip(outputs, packed.b_CO, strict=True)):
         if b_CO.shape[0]:
-            delta_TO = torch.embedding_bag(b_CO, rows_NS[n], bags_T, False, 0, False, weights_NS[n])[0]
-            y_TY[:, columns[n]].add_(delta_TO)
+            y_TO.add_(torch.embedding_bag(b_CO, rows_NS[n], bags_T, False, 0, False, weights_NS[n])[0])
 
 
-def add_expert(y_TY: Tensor, columns: Sequence[slice], x_TH: Tensor, expert: Expert, weight: float) -> None:
+def add_expert(outputs: Sequence[Tensor], x_TH: Tensor, expert: Expert, weight: float) -> None:
     """Adds one expert's deltas, the same for all tokens, times ``weight``; otherwise as ``add_routed_lora_sparse``."""
-    for part, place in zip(expert, columns, strict=True):
+    for y_TO, part in zip(outputs, expert, strict=True):
         if part is not None:
-            y_TY[:, place].addmm_(linear(x_TH, part.a_RH), part.b_RO, alpha=weight * part.scale)
+            y_TO.addmm_(linear(x_TH, part.a_RH), part.b_RO, alpha=weight * part.scale)
 
 
 def _sampled(x_TH: Tensor, a_CH: Tensor, rows_TJ: Tensor) -> Tensor:
     """``x[t] . a[rows[t, j]]`` of every entry, flat."""
     tokens, wanted = rows_TJ.shape
-    if wanted * WORTHWHILE > a_CH.shape[0]:
-        return linear(x_TH, a_CH).gather(1, rows_TJ).flatten()
     ends, nothing = _ends(tokens, wanted), x_TH.new_zeros(tokens * wanted)
     pattern = torch.sparse_csr_tensor(ends, rows_TJ.flatten(), nothing, (tokens, a_CH.shape[0]), check_invariants=False)
     entries_S: Tensor = torch.sparse.sampled_addmm(pattern, x_TH, a_CH.T, beta=0.0).values()
