@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from meteora_dist.model.fast_layers import FastLayer, speed_up
-from meteora_dist.model.packed import PackedLinear
+from meteora_dist.model.packed import MOST_ROWS, PackedLinear, product_rows
 from meteora_dist.model.paged_attention import plan_attention, serves
 
 SIZES = {
@@ -134,6 +134,18 @@ def test_a_prompt_that_begins_reads_nothing_from_the_cache() -> None:
         (slice(4, 5), None, None),
     ]
     assert read.numel() == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 16, 17, 128, 129, 300])
+def test_any_number_of_rows_is_multiplied(rows: int) -> None:
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(24, 40), torch.randn(rows, 24)
+    torch.testing.assert_close(PackedLinear([linear])(x), linear(x))
+
+
+def test_products_come_in_few_sizes() -> None:
+    # 1 to 8, then 16, 32, ... 128
+    assert len({product_rows(rows) for rows in range(1, MOST_ROWS + 1)}) == 16
 
 
 def test_packed_linears_are_the_linears_side_by_side() -> None:
