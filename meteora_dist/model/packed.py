@@ -95,4 +95,4 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., O] of x [..., H]."""
         y_TO = packed_linear(x.reshape(-1, x.shape[-1]), self._packed, self._bias_O)
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
