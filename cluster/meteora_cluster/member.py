@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.util
 
-RAY_WORKER_PORTS = range(10_002, 20_000)
-"""Ray hands these ports to its own workers at any time."""
+OWN_PORTS = range(20_000, 32_768)
+"""Ray hands ports below these to its workers at any time, and Linux those above to outgoing connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,9 @@ class Member(ABC):
 
 
 def free_port(host: str = "") -> int:
-    """A TCP port nobody listens on, outside the range that Ray hands to its workers."""
+    """A TCP port nobody listens on, of those that neither Ray's workers nor outgoing connections are given."""
     while True:
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            port = int(probe.getsockname()[1])
-        if port not in RAY_WORKER_PORTS:
+        port = random.SystemRandom().choice(OWN_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
             return port

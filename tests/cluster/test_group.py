@@ -15,7 +15,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from meteora_cluster.errors import PlacementError, RankFailed, RankTimeout
 from meteora_cluster.group import ActorGroup
 from meteora_cluster.heartbeat import Heartbeat
-from meteora_cluster.member import RAY_WORKER_PORTS, Member, free_port
+from meteora_cluster.member import OWN_PORTS, Member, free_port
 from meteora_cluster.placement import Resources, world_bundles
 from meteora_cluster.standby import Standby
 
@@ -71,7 +71,7 @@ async def test_every_rank_starts_with_its_own_arguments_and_the_same_meeting_poi
     assert [rank for rank, _, _ in about] == [0, 1, 2]
     assert len({pid for _, _, pid in about}) == 3
     (meeting,) = {meeting for _, meeting, _ in about}
-    assert int(meeting.rpartition(":")[2]) not in RAY_WORKER_PORTS
+    assert int(meeting.rpartition(":")[2]) in OWN_PORTS
 
 
 async def test_a_group_lives_in_a_given_placement_group_and_leaves_it_alone() -> None:
@@ -173,7 +173,7 @@ async def test_a_rank_that_gives_up_is_noticed_with_its_message() -> None:
 
 
 def test_free_ports_stay_out_of_rays_range() -> None:
-    assert all(free_port() not in RAY_WORKER_PORTS for _ in range(20))
+    assert all(free_port() in OWN_PORTS for _ in range(20))
 
 
 async def _nothing_left() -> None:
