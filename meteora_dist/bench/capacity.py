@@ -128,7 +128,9 @@ def measure_limit(plan: CapacityPlan, experts: int, advance: Callable[[], None])
     one, two = Mesh(), Mesh(ep=2)
     demand = Demand(experts, plan.rank, plan.dtype, kv_tokens=KV_TOKENS)
     shape = shape_of(str(plan.model))
-    limit = (rank_memory(shape, demand, one).total + rank_memory(shape, demand, two).total) // 2
+    # On the CPU an output layer that is the embedding is packed beside it.
+    head = shape.vocabulary * shape.hidden * demand.number_bytes if shape.tied else 0
+    limit = (rank_memory(shape, demand, one).total + rank_memory(shape, demand, two).total) // 2 + head
     with _bank(plan, experts) as bank:
         alone, free = load_limited_then_free(plan.config(bank, one), limit)
         advance()

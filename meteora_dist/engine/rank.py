@@ -23,6 +23,7 @@ from meteora_dist.engine.request import FinishReason, GenerationRequest, TokenEv
 from meteora_dist.engine.sampler import RequestSampler
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from meteora_dist.model.fast_layers import speed_up
+from meteora_dist.model.freed import large_blocks_apart
 from meteora_dist.model.load import accelerator, load_base, torch_dtype
 from meteora_dist.moe.equal_exchange import AdaptiveDispatcher
 from meteora_dist.moe.holdings import Holdings, Resident
@@ -75,8 +76,9 @@ class RankEngine:
         lockstep = join(rank, config.mesh.size, rendezvous, BACKENDS[accelerator().type])
         self._drivers = config.mesh.drivers
         self._rank = rank
-        self.routed = load_routed(config, rank, residency)
-        speed_up(self.routed.model)
+        with large_blocks_apart():
+            self.routed = load_routed(config, rank, residency)
+            speed_up(self.routed.model)
         self.generation_config = _generation_config(self.routed.model)
         self._max_len = config.max_model_len
         self._live: dict[str, _Live] = {}

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-from meteora_dist.model.freed import give_back_freed
 from meteora_dist.model.packed import PackedLinear, can_pack
 from meteora_dist.model.paged_attention import AttentionPlan, attend, serves, use_paged_attention
 from meteora_dist.moe.layer import RoutedLinear
@@ -43,8 +42,6 @@ def speed_up(model: PreTrainedModel) -> None:
     decoder = model.get_decoder()
     for index, layer in enumerate(decoder.layers):
         decoder.layers[index] = FastLayer(layer, index)
-        del layer
-        give_back_freed()
     decoder.rotary_emb = SignedRotary(decoder.rotary_emb)
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
