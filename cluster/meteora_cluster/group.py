@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from meteora_cluster.actors import create
+from meteora_cluster.actors import create, kill
 from meteora_cluster.errors import PlacementError, RankFailed
 from meteora_cluster.heartbeat import Heartbeat, failing
 from meteora_cluster.member import Member
@@ -21,6 +20,7 @@ from meteora_cluster.processes import LocalProcesses
 from meteora_cluster.waiting import LAST_WORDS_S, all_of, calls, reason_of
 
 _STARTING = "starting the ranks"
+_NO_ACTORS: Mapping[int, ActorHandle[Any]] = {}
 
 
 class ActorGroup:
@@ -33,10 +33,11 @@ class ActorGroup:
         actors: One handle a rank, in rank order; empty once stopped.
     """
 
-    def __init__(self, actors: Sequence[ActorHandle[Any]], own_placement: PlacementGroup | None) -> None:
-        self.actors = tuple(actors)
+    def __init__(self, own_placement: PlacementGroup | None) -> None:
+        self.actors: tuple[ActorHandle[Any], ...] = ()
         self._own_placement = own_placement
         self._processes = LocalProcesses()
+        self._silent: set[int] = set()
 
     @classmethod
     async def launch(
@@ -50,7 +51,7 @@ class ActorGroup:
         timeout_s: float = 600.0,
         max_concurrency: int = 1000,
         env: Mapping[str, str] | None = None,
-        actors: Sequence[ActorHandle[Any]] = (),
+        actors: Mapping[int, ActorHandle[Any]] = _NO_ACTORS,
         heartbeat: Heartbeat | None = None,
     ) -> ActorGroup:
         """Starts one actor a rank and returns once every one is ready.
@@ -64,7 +65,7 @@ class ActorGroup:
             timeout_s: Seconds for placing the ranks, and again for starting them.
             max_concurrency: Calls one rank serves at a time.
             env: Environment variables of the ranks' processes.
-            actors: Actors of ``placement`` that become the ranks, with ``arguments`` anew; new ones without them.
+            actors: Actors of ``placement`` that become ranks, with ``arguments`` anew, by rank; the others are new.
             heartbeat: How closely the ranks are watched while they start; None does not.
 
         Raises:
@@ -75,14 +76,17 @@ class ActorGroup:
         bundles = world_bundles(len(arguments), rank, driver)
         if placement is not None:
             check_bundles(placement.bundle_specs, bundles)
-            home, group = placement, cls((), None)
+            home, group = placement, cls(None)
         else:
             home = await _placed(bundles, timeout_s)
-            group = cls((), home)
+            group = cls(home)
         try:
-            group.actors = tuple(actors) or create(member, arguments, rank, home, max_concurrency, env)
+            new = {number: values for number, values in enumerate(arguments) if number not in actors}
+            crew = {**actors, **create(member, new, rank, home, max_concurrency, env)}
+            group.actors = tuple(crew[number] for number in range(len(arguments)))
             if actors:
-                await group._assign(arguments, timeout_s)
+                assigning = [crew[number].assign.remote(*arguments[number]) for number in actors]
+                await all_of(assigning, "assigning the places", timeout_s)
             await group._meet(timeout_s, heartbeat)
         except BaseException:
             group.stop()
@@ -99,6 +103,7 @@ class ActorGroup:
             for task in [*ends, *hangs]:
                 task.cancel()
         reasons = {hangs[task]: task.result() for task in done if task in hangs}
+        self._silent = set(reasons)
         # What a rank says itself is worth more than that it no longer answers.
         for task in done & ends.keys():
             error = task.exception()
@@ -107,22 +112,47 @@ class ActorGroup:
 
     def stop(self) -> None:
         """Kills every rank and gives the resources back; does nothing the second time."""
-        for actor in self.actors:
-            with contextlib.suppress(RayActorError, ValueError):
-                ray.kill(actor)
-        self._processes.kill()
+        for rank in range(len(self.actors)):
+            self._kill(rank)
         self.actors = ()
         if self._own_placement is not None:
             remove_placement_group(self._own_placement)
             self._own_placement = None
 
-    async def _assign(self, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> None:
-        pairs = zip(self.actors, arguments, strict=True)
-        await all_of([actor.assign.remote(*own) for actor, own in pairs], "assigning the places", timeout_s)
+    async def dissolve(self, timeout_s: float) -> dict[int, ActorHandle[Any]]:
+        """Ends a group that has lost ranks, in a placement group that stays; returns the actors that may be used again.
+
+        Args:
+            timeout_s: Seconds that the ranks have to leave.
+
+        Returns:
+            By rank, those that have left in time; the others are killed.
+        """
+        try:
+            # The others cannot leave an exchange with one that is neither here nor gone.
+            for rank in self._silent:
+                self._kill(rank)
+            leaving = calls([actor.leave.remote() for actor in self.actors])
+            done, _ = await asyncio.wait(leaving, timeout=timeout_s)
+            for task in leaving:
+                task.cancel()
+            left = {leaving[task] for task in done if not task.exception()}
+        except BaseException:
+            self.stop()
+            raise
+        kept = {rank: self.actors[rank] for rank in sorted(left)}
+        for rank in range(len(self.actors)):
+            self._processes.let_go(rank) if rank in kept else self._kill(rank)
+        self.actors = ()
+        return kept
+
+    def _kill(self, rank: int) -> None:
+        kill(self.actors[rank])
+        self._processes.kill(rank)
 
     async def _meet(self, timeout_s: float, heartbeat: Heartbeat | None) -> None:
         where = await all_of([actor.whereabouts.remote() for actor in self.actors], "finding the ranks", timeout_s)
-        self._processes.hold(where)
+        self._processes.hold(dict(enumerate(where)))
         (meeting,) = await all_of([self.actors[0].rendezvous.remote()], "choosing the meeting point", timeout_s)
         calls_of_start = [actor.start.remote(meeting) for actor in self.actors]
         starts = asyncio.ensure_future(all_of(calls_of_start, _STARTING, timeout_s))

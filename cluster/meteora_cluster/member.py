@@ -53,6 +53,10 @@ class Member(ABC):
         type(self).__init__(self, *arguments)
 
     @abstractmethod
+    async def leave(self) -> None:
+        """Leaves a world that has lost a rank, wherever it waits for it, and frees what it holds; may start again."""
+
+    @abstractmethod
     async def start(self, rendezvous: str) -> None:
         """Joins the world that meets at ``rendezvous`` (``host:port``) and returns once this rank is ready."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import ray
 
@@ -20,20 +20,27 @@ class LocalProcesses:
     """
 
     def __init__(self) -> None:
-        self._handles: list[int] = []
+        self._handles: dict[int, int] = {}
 
-    def hold(self, ranks: Sequence[Whereabouts]) -> None:
+    def hold(self, ranks: Mapping[int, Whereabouts]) -> None:
         """Takes a handle on each that is here: unlike a process id it never comes to mean another process."""
         here = ray.get_runtime_context().get_node_id()
-        for rank in ranks:
-            # Gone already, or a kernel without such handles.
-            with contextlib.suppress(OSError):
-                self._handles += [os.pidfd_open(rank.pid)] if rank.node == here else []
+        for rank, whereabouts in ranks.items():
+            if whereabouts.node == here:
+                # Gone already, or a kernel without such handles.
+                with contextlib.suppress(OSError):
+                    self._handles[rank] = os.pidfd_open(whereabouts.pid)
 
-    def kill(self) -> None:
-        """Ends all of them, and lets go of the handles."""
-        for handle in self._handles:
+    def kill(self, rank: int) -> None:
+        """Ends the process of a rank, if it is held, and lets go of it."""
+        handle = self._handles.pop(rank, None)
+        if handle is not None:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
             os.close(handle)
-        self._handles = []
+
+    def let_go(self, rank: int) -> None:
+        """Gives the handle of a rank back, if there is one; its process lives on."""
+        handle = self._handles.pop(rank, None)
+        if handle is not None:
+            os.close(handle)

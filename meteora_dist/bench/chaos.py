@@ -170,7 +170,7 @@ class _Load:
 
 async def _recovered(load: _Load, harmed: Found) -> None:
     """Returns once the harmed rank has a successor, and every caller a token that came after it."""
-    while any(target.pid == harmed.pid for target in await ranks()):
+    while any((target.pid, target.start) == (harmed.pid, harmed.start) for target in await ranks()):
         await asyncio.sleep(0.2)
     back = time.monotonic()
     while not all(any(stream.has_token_after(back) for stream in streams[-2:]) for streams in load.streams):

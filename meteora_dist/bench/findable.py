@@ -18,11 +18,13 @@ class Found:
     Attributes:
         rank: Its number.
         pid: Its process on this machine.
+        start: Which start of that process it is: one that outlives a crew may start again.
         actor: Its handle.
     """
 
     rank: int
     pid: int
+    start: int
     actor: Any
 
 
@@ -57,8 +59,12 @@ async def ranks() -> list[Found]:
 class FindableRank(RankActor):
     """A rank that enters itself into the register."""
 
+    _starts = 0
+
     async def start(self, rendezvous: str) -> None:
         """Starts, then says where it is."""
         await super().start(rendezvous)
-        context = ray.get_runtime_context()
-        await register().enter.remote(Found(self._rank, os.getpid(), context.current_actor))
+        # Of the class, as the instance is made anew for another start.
+        FindableRank._starts += 1
+        actor = ray.get_runtime_context().current_actor
+        await register().enter.remote(Found(self._rank, os.getpid(), FindableRank._starts, actor))

@@ -34,7 +34,7 @@ def chaos(
     standby: Annotated[bool, typer.Option(help="Whether ranks have a second process on standby.")] = True,
     heartbeat_timeout: Annotated[
         float, typer.Option(help="Seconds a rank gets to answer before it counts as stopped; a service gives it 5.")
-    ] = 2.5,
+    ] = 1.5,
     seed: Annotated[int, typer.Option(help="Of the choice of times and ranks.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:

@@ -92,6 +92,7 @@ class LockstepManager(ContinuousBatchingManager):
         self.changes = Changes(routed)
         self._stepped = time.monotonic()
         self._asleep = False
+        self._abandoned = False
         self._wake_up_loop = _WakeUp(lockstep)
         self._deliver = deliver
         self._threads = threads
@@ -120,6 +121,10 @@ class LockstepManager(ContinuousBatchingManager):
     def wake(self) -> None:
         """Wakes all ranks, should they be asleep; for any thread."""
         self._lockstep.wake()
+
+    def abandon(self) -> None:
+        """Lets the loop fail before its next step, whatever the other ranks do; for any thread."""
+        self._abandoned = True
 
     def stalled_s(self) -> float | None:
         """Seconds since the loop began its latest step, or None while it sleeps for want of work."""
@@ -169,6 +174,8 @@ class LockstepManager(ContinuousBatchingManager):
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One step, taken by all ranks together; False ends the loop."""
         self._stepped = time.monotonic()
+        if self._abandoned:
+            raise EngineUnavailable("the rank has left its world")
         ready = batch_processor.prepare_next_batch()
         batch = batch_processor.inputs_and_outputs
         assert isinstance(batch, ContinuousBatchingIOs), "the engine does not batch asynchronously"

@@ -213,6 +213,20 @@ class RankEngine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def abandon(self) -> None:
+        """Leaves a world that has lost a rank, or loses this one by it. Blocks until the loop has ended.
+
+        Where the loop waits for a rank that is gone, that ends it; anywhere else it ends before its next step. Live
+        requests end with EngineUnavailable.
+        """
+        self._manager.abandon()
+        # A world that has fallen apart cannot be woken, and nobody sleeps in it.
+        with contextlib.suppress(dist.DistError):
+            self._manager.wake()
+        self._manager.wait()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     async def _compile(self, grammar: str) -> None:
         """Does here what would hold up everybody's batch there."""
         try:

@@ -29,7 +29,7 @@ from meteora_dist.moe.swap import GroupSwap, Parts, Swap
 
 HALF_BYTES = 16 << 20
 """Most bytes that a rank gives in one swap; larger ones go through the process group."""
-_LOOK_S = 0.5
+_LOOK_S = 0.2
 """How often a waiting rank looks whether the one it waits for still lives."""
 _NOWHERE = Address(0, 0, 0)
 

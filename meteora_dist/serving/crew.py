@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -12,7 +13,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
+from meteora_cluster.actors import create
 from meteora_cluster.group import ActorGroup
+from meteora_cluster.placement import Resources
 from meteora_cluster.standby import Standby
 from meteora_cluster.waiting import value
 from meteora_dist.engine.report import RankReport
@@ -26,6 +29,9 @@ _SPARE_CALLS = 16
 """Calls a rank serves beside requests: starting, watching, answering questions."""
 _LAST_WORDS_S = 0.2
 """How long other ranks may still speak after the first: a death is often noticed by a neighbour first."""
+_LEAVE_S = 3.0
+"""How long the ranks of a crew that is lost have to leave it, if they are to be of the next one."""
+_NOBODY: Mapping[int, ActorHandle[Any]] = MappingProxyType({})
 
 
 class RankLost(Exception):
@@ -59,10 +65,16 @@ class Blueprint:
         return self.config.max_live_requests + _SPARE_CALLS
 
     def standby(self) -> Standby:
-        """Actors that wait to become the next crew: none, unless they are configured and have a lasting place."""
-        if not self.config.standby or self.placement is None:
-            return Standby()
-        return Standby.create(self.member, self.arguments, self.placement, self.max_concurrency)
+        """Seats beside the ranks: none, unless they are configured and have a lasting place."""
+        placement, arguments = self.placement, self.arguments
+        if not self.config.standby or placement is None:
+            return Standby(lambda _: {}, {})
+
+        def create_at(seats: Collection[int]) -> Mapping[int, ActorHandle[Any]]:
+            own = {seat: arguments[seat] for seat in seats}
+            return create(self.member, own, Resources(), placement, self.max_concurrency)
+
+        return Standby.beside(placement, create_at)
 
 
 class Crew:
@@ -81,6 +93,7 @@ class Crew:
         # Only the first rank of a tensor-parallel group takes requests; the others follow it.
         self._drivers = [rank for rank in range(mesh.size) if mesh.tp_rank(rank) == 0]
         self._actors = group.actors
+        self._lasting = blueprint.placement is not None
         self._live = dict.fromkeys(self._drivers, 0)
         self._changes = 0
         self._causes: dict[int, str] = {}
@@ -88,12 +101,12 @@ class Crew:
         self._watch = asyncio.ensure_future(self._watch_ranks(blueprint.config))
 
     @classmethod
-    async def launch(cls, blueprint: Blueprint, actors: Sequence[ActorHandle[Any]] = ()) -> Crew:
+    async def launch(cls, blueprint: Blueprint, actors: Mapping[int, ActorHandle[Any]] = _NOBODY) -> Crew:
         """Starts the ranks, and returns once each group of them has produced a token.
 
         Args:
             blueprint: What from.
-            actors: Those that become the ranks; new ones without them.
+            actors: Those that become ranks, by rank; the others are new.
 
         Raises:
             ClusterError: No room, or a rank failed to start; the message carries the rank's own words.
@@ -186,6 +199,18 @@ class Crew:
         self._watch.cancel()
         self._lose({})
         self._group.stop()
+
+    async def dissolve(self) -> dict[int, ActorHandle[Any]]:
+        """Ends a lost crew; returns those of its actors that can be of the next one, by rank.
+
+        Raising once is no reason to be left behind. Dying is, and so is silence, or a crew that has produced nothing:
+        its ranks may be the reason. And no placement of a crew's own outlives it.
+        """
+        if not self.produced or not self._lasting:
+            self.stop()
+            return {}
+        self._watch.cancel()
+        return await self._group.dissolve(_LEAVE_S)
 
     async def _warm_up(self, timeout_s: float) -> None:
         try:

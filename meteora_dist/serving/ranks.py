@@ -39,10 +39,11 @@ class RankActor(Member):
         self._engine: RankEngine | None = None
 
     async def stand_by(self) -> None:
-        """Begins to import what the engine needs, in little of the time that the ranks at work would use."""
+        """Imports what the engine needs, in little of the time that the ranks at work would use."""
         # A thread of its own, as one that was slowed down may not always be sped up again.
         self._importer = threading.Thread(target=_import_engine, args=(_STANDBY_NICE,), daemon=True)
         self._importer.start()
+        await asyncio.to_thread(self._importer.join)
 
     async def start(self, rendezvous: str) -> None:
         """Loads the model and this rank's experts; returns when all ranks have met at ``rendezvous``."""
@@ -54,6 +55,15 @@ class RankActor(Member):
         except Exception as error:
             # Plain text crosses processes whatever the error is made of.
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+    async def leave(self) -> None:
+        """Ends the engine, wherever it waits for lost ranks, and frees all it holds."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.abandon)
+            del engine
+            # What ended it holds its frames, and they hold tensors; the next one needs the room.
+            gc.collect()
 
     async def watch(self) -> None:
         """Runs for as long as the generation loop does; raises EngineUnavailable when it has died."""

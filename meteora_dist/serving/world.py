@@ -8,11 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 
-from meteora_cluster.standby import Standby
 from meteora_dist.engine.report import RankReport
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable
@@ -49,7 +49,7 @@ class World:
         self._behind: Uses[asyncio.Future[Crew]] = Uses()
         self._changing = asyncio.Lock()
         self._background = Background()
-        self._standby = Standby()
+        self._standby = blueprint.standby()
         self.failure: str | None = None
         self.losses = Losses()
         self._crew: asyncio.Future[Crew] = asyncio.get_running_loop().create_future()
@@ -230,9 +230,9 @@ class World:
             lost = time.monotonic()
             self._count(lost=1)
             self._leave(crew)
-            crew.stop()
-            logger.error("the ranks are lost, and are started again: %s", cause)
-            crew, fruitless = await self._rebuilt(0 if crew.produced else fruitless)
+            logger.error("ranks are lost, and are replaced: %s", cause)
+            fruitless = 0 if crew.produced else fruitless
+            crew, fruitless = await self._rebuilt(await crew.dissolve(), fruitless)
             gone_s = time.monotonic() - lost
             self._count(rebuilt=1, rebuild_s=gone_s)
             logger.warning("the ranks are back after %.1f s", gone_s)
@@ -252,18 +252,19 @@ class World:
         While it reads their prompts every core is needed: processes that start then double the time it takes.
         """
         await self._behind.none(self._crew)
-        self._standby = self.blueprint.standby()
+        self._standby.fill()
 
-    async def _rebuilt(self, fruitless: int) -> tuple[Crew, int]:
-        """A new crew, and how many there were in a row without a token of a request, itself included."""
+    async def _rebuilt(self, actors: dict[int, ActorHandle[Any]], fruitless: int) -> tuple[Crew, int]:
+        """A new crew, of what is left of the last, and how many were in a row without a request's token, with it."""
         limit = self.blueprint.config.max_rebuilds
         cause = "each was lost before it produced a token"
         while fruitless < limit:
             fruitless += 1
+            missing = [rank for rank in range(self.blueprint.config.mesh.size) if rank not in actors]
             try:
-                return await Crew.launch(self.blueprint, self._standby.take()), fruitless
+                return await Crew.launch(self.blueprint, actors | self._standby.take(missing)), fruitless
             except Exception as error:
-                cause = str(error)
+                actors, cause = {}, str(error)
                 self._count(failed=1)
                 logger.exception("rebuild %d of %d failed", fruitless, limit)
         raise EngineUnavailable(f"{limit} rebuilds in a row have failed: {cause}")

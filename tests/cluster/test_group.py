@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
+from meteora_cluster.actors import create
 from meteora_cluster.errors import PlacementError, RankFailed, RankTimeout
 from meteora_cluster.group import ActorGroup
 from meteora_cluster.heartbeat import Heartbeat
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_ray")]
 
 psutil: Any = import_module("psutil")
 HALF = Resources(cpus=0.5)
+NOTHING = Resources()
 CLOSELY = Heartbeat(every_s=0.2, answer_s=2, stall_s=5)
 
 
@@ -47,6 +49,9 @@ class Walker(Member):
         if self.plan == "sleep":
             await asyncio.sleep(3600)
         self.meeting = rendezvous
+
+    async def leave(self) -> None:
+        await asyncio.sleep(3600 if self.plan == "hang" else 0)
 
     async def watch(self) -> None:
         await asyncio.sleep(0.2 if self.plan == "give up" else 3600)
@@ -88,10 +93,11 @@ async def test_a_group_lives_in_a_given_placement_group_and_leaves_it_alone() ->
 async def test_actors_on_standby_wait_beside_the_ranks_and_take_their_places() -> None:
     home = placement_group(world_bundles(2, HALF))
     first = await ActorGroup.launch(Walker, [(0,), (1,)], HALF, placement=home, timeout_s=60)
-    standby = Standby.create(Walker, [(0,), (1,)], home, max_concurrency=10)
+    standby = Standby.beside(home, lambda seats: create(Walker, {seat: (seat,) for seat in seats}, NOTHING, home, 10))
+    standby.fill()
     try:
-        waiting = standby.take()
-        pids = [pid for _, _, pid in await asyncio.gather(*(actor.about.remote() for actor in waiting))]
+        waiting = standby.take([0, 1])
+        pids = [pid for _, _, pid in await asyncio.gather(*(waiting[rank].about.remote() for rank in (0, 1)))]
         first.stop()
         second = await ActorGroup.launch(Walker, [(10,), (11,)], HALF, placement=home, timeout_s=60, actors=waiting)
         about = await asyncio.gather(*(actor.about.remote() for actor in second.actors))
@@ -101,7 +107,33 @@ async def test_actors_on_standby_wait_beside_the_ranks_and_take_their_places() -
     assert [(rank, pid) for rank, _, pid in about] == [(10, pids[0]), (11, pids[1])]
     assert all(meeting for _, meeting, _ in about)
     assert prepared == [True, True]
-    assert standby.take() == ()
+
+
+@pytest.mark.parametrize("plan", ["work", "hang"])
+async def test_whoever_leaves_a_lost_group_in_time_is_of_the_next(plan: str) -> None:
+    home = placement_group(world_bundles(3, HALF))
+    group = await ActorGroup.launch(Walker, [(0,), (1,), (2, plan)], HALF, placement=home, timeout_s=60)
+    pids = [pid for _, _, pid in await asyncio.gather(*(actor.about.remote() for actor in group.actors))]
+    watch = asyncio.ensure_future(group.watch(CLOSELY))
+    os.kill(pids[1], signal.SIGSTOP)
+    await asyncio.wait_for(watch, timeout=5)
+    try:
+        left = await group.dissolve(timeout_s=1)
+        assert sorted(left) == ([0, 2] if plan == "work" else [0])
+        group.stop()
+        for rank in {0, 1, 2} - set(left):
+            async with asyncio.timeout(3):
+                while psutil.pid_exists(pids[rank]):
+                    await asyncio.sleep(0.05)
+        arguments = [(10,), (11,), (12,)]
+        second = await ActorGroup.launch(Walker, arguments, HALF, placement=home, timeout_s=60, actors=left)
+        about = await asyncio.gather(*(actor.about.remote() for actor in second.actors))
+        second.stop()
+    finally:
+        remove_placement_group(home)
+    assert [rank for rank, _, _ in about] == [10, 11, 12]
+    assert [rank for rank in range(3) if about[rank][2] == pids[rank]] == sorted(left)
+    await _nothing_left()
 
 
 async def test_the_error_of_a_start_carries_the_ranks_own_message() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 from meteora_cluster.member import Member
 from meteora_dist.engine.report import RankReport
@@ -33,6 +34,7 @@ class CountingRank(Member):
         self.live: set[str] = set()
         self.stalled: float | None = None
         self.over = asyncio.Event()
+        self.left = asyncio.Event()
 
     async def stand_by(self) -> None:
         type(self).imported = True
@@ -42,6 +44,9 @@ class CountingRank(Member):
             raise ValueError("no weights for layer 7")
         await self.delay("slow")
 
+    async def leave(self) -> None:
+        self.left.set()
+
     async def watch(self) -> None:
         await self.over.wait()
         raise EngineUnavailable("a broken kernel")
@@ -50,7 +55,8 @@ class CountingRank(Member):
         return self.stalled
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        self.live.add(request.request_id)
+        live, left = self.live, self.left
+        live.add(request.request_id)
         try:
             first = len(request.prompt_ids)
             if request.generation not in {None, *self.residency.folders}:
@@ -60,11 +66,12 @@ class CountingRank(Member):
             if request.prompt_ids == (POISON + 1,):
                 raise InvalidRequest("no fourteens", "prompt")
             for position in range(first, first + request.max_tokens):
-                await asyncio.sleep(request.sampling.seed / 1000)
+                if await over_within(left, request.sampling.seed / 1000):
+                    raise EngineUnavailable("it has left its world")
                 last = position == first + request.max_tokens - 1
                 yield TokenEvent(position, "length" if last else None, (float(self.rank),))
         finally:
-            self.live.remove(request.request_id)
+            live.remove(request.request_id)
 
     async def prepare(self, number: int, residency: Residency) -> None:
         await self.delay("slow prepare")
@@ -102,3 +109,10 @@ class CountingRank(Member):
 
     async def stall(self, seconds: float) -> None:
         self.stalled = seconds
+
+
+async def over_within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether it is set by then."""
+    with suppress(TimeoutError):
+        return await asyncio.wait_for(event.wait(), seconds)
+    return False

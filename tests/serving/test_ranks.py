@@ -55,10 +55,11 @@ async def test_a_rank_on_standby_hurries_once_it_is_wanted(tmp_path: Path, tiny_
         patch("meteora_dist.serving.ranks.import_module", slow_import),
         patch("meteora_dist.serving.ranks._load", load),
     ):
-        await rank.stand_by()
+        standing_by = asyncio.ensure_future(rank.stand_by())
         assert await asyncio.to_thread(importing.wait, 10)
         assert nice() == 10
         await rank.assign(ServiceConfig(model=tmp_path, bank=tmp_path), 0, residency)
         await rank.start("127.0.0.1:1")
+        await asyncio.wait_for(standing_by, 10)
     assert imported.is_set()
     assert os.getpriority(os.PRIO_PROCESS, 0) == 0

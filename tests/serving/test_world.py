@@ -220,20 +220,38 @@ async def test_standby_ranks_take_the_places_of_lost_ones(own_ray: None, tmp_pat
     home = placement_group(world_bundles(2, Resources(cpus=0.5)))
     world = await launch(tmp_path, home, standby=True, replica_cpus=0)
     try:
+        survivor = actors(world)[0]
         for _ in range(2):
             stream = world.generate(request("live", 20))
             first = (await anext(stream)).token_id
+            waiting = [seat.actor for seat in world._standby._waiting.values()]
             await kill(world)
             assert [first, *await asyncio.wait_for(rest(stream), PATIENCE_S)] == list(range(1, 21))
-            assert await asyncio.gather(*(actor.is_prepared.remote() for actor in actors(world))) == [True, True]
+            await until("serving", world)
+            assert actors(world)[0] == survivor
+            assert actors(world)[1] in waiting
+            assert await actors(world)[1].is_prepared.remote()
         tokens = asyncio.ensure_future(rest(world.generate(request("slow", 2, milliseconds=1500))))
         await asyncio.sleep(0.5)
         await kill(world)
         await until("rebuilding", world)
         await until("serving", world)
-        assert not world._standby._actors, "they would take the time that the request needs"
+        assert len(world._standby.waiting) == 1, "a third would take the time that the request needs"
         assert await asyncio.wait_for(tokens, PATIENCE_S) == [1, 2]
-        assert len(world._standby._actors) == 2
+        assert len(world._standby.waiting) == 2
+        # One that fails is no worse for it; a crew that has produced nothing is replaced as a whole.
+        stream = world.generate(request("once", 20))
+        await anext(stream)
+        before = actors(world)
+        await fail(world)
+        await asyncio.wait_for(rest(stream), PATIENCE_S)
+        await until("serving", world)
+        assert actors(world) == before
+        world._crew.result().produced = 0
+        await kill(world)
+        await until("rebuilding", world)
+        await until("serving", world)
+        assert not set(actors(world)) & set(before)
     finally:
         world.stop()
         remove_placement_group(home)
