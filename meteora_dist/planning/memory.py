@@ -27,6 +27,7 @@ class Demand:
         kv_tokens: Tokens the KV cache of a tp group has room for.
         top_k: Experts a token uses.
         targets: Linears every expert adapts, by the last part of their names; None for all.
+        routers: Whether the bank has layer routers, for ``auto-sequence``.
     """
 
     experts: int
@@ -35,6 +36,7 @@ class Demand:
     kv_tokens: int = 32_768
     top_k: int = 2
     targets: frozenset[str] | None = None
+    routers: bool = False
 
     def __post_init__(self) -> None:
         """Refuses numbers that mean nothing.
@@ -73,7 +75,7 @@ class RankMemory:
     Attributes:
         base: Its part of the base model.
         bank: Its part of the experts.
-        gates: Gates of all experts; those of row-parallel linears are split over the tp group.
+        gates: Gates of all experts, those of row-parallel linears split over the tp group; and routers, if any.
         kv: Its part of the KV cache.
     """
 
@@ -105,12 +107,17 @@ def gate_parameters(shape: ModelShape, demand: Demand, tp: int = 1) -> int:
     return shape.layers * demand.experts * widths
 
 
+def router_parameters(shape: ModelShape, demand: Demand) -> int:
+    """Numbers of the layer routers, whole on every rank: E H a layer."""
+    return shape.layers * demand.experts * shape.hidden if demand.routers else 0
+
+
 def rank_memory(shape: ModelShape, demand: Demand, mesh: Mesh) -> RankMemory:
     """What the fullest rank of ``mesh`` holds; it is the one that the experts left over by a division go to."""
     return RankMemory(
         base=shape.parameters(mesh.tp) * demand.number_bytes,
         bank=_bank_numbers(shape, demand, mesh) * demand.number_bytes,
-        gates=gate_parameters(shape, demand, mesh.tp) * GATE_BYTES,
+        gates=(gate_parameters(shape, demand, mesh.tp) + router_parameters(shape, demand)) * GATE_BYTES,
         kv=kv_bytes_per_token(shape, demand, mesh.tp) * demand.kv_tokens,
     )
 

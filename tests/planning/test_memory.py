@@ -21,6 +21,14 @@ def test_gates_of_llama_3_8b_with_28_experts() -> None:
     assert gate_parameters(KNOWN["Llama-3.1-8B"], Demand(experts=28, rank=8)) == 34_865_152
 
 
+@pytest.mark.parametrize("mesh", [Mesh(ep=1, tp=1), Mesh(ep=2, tp=2)])
+def test_routers_are_whole_on_every_rank(mesh: Mesh) -> None:
+    without, with_them = (
+        rank_memory(TINY, Demand(experts=6, rank=1, routers=routers), mesh) for routers in (False, True)
+    )
+    assert with_them.total - without.total == with_them.gates - without.gates == 6 * 8 * 4
+
+
 def test_a_bank_by_hand() -> None:
     # R (H + O) numbers: q 16, k 12, v 12, o 16, gate 20, up 20, down 20, together 116; 3 experts of rank 5, 2 bytes.
     assert bank_bytes(TINY, Demand(experts=3, rank=5)) == 116 * 3 * 5 * 2
