@@ -20,17 +20,6 @@ def shifted_labels(labels_BL: Tensor) -> Tensor:
     return torch.cat([labels_BL[:, 1:], torch.full_like(labels_BL[:, :1], IGNORE)], dim=1)
 
 
-def token_gate_loss(logits_TE: Iterable[Tensor], labels_T: Tensor) -> Tensor:
-    """Mean cross-entropy of raw gate logits over gates and positions that count, fp32, in nats.
-
-    Args:
-        logits_TE: One tensor [T, E] a gate.
-        labels_T: Expert each position must name, already shifted; ``IGNORE`` where it does not count.
-    """
-    losses = [cross_entropy(logits.float(), labels_T, ignore_index=IGNORE) for logits in logits_TE]
-    return torch.stack(losses).mean()
-
-
 def gate_loss(logits_BLE: Iterable[Tensor], labels_BL: Tensor) -> Tensor:
     """``L_gate``: mean cross-entropy of raw gate logits over all gates and all positions that count.
 
@@ -44,4 +33,6 @@ def gate_loss(logits_BLE: Iterable[Tensor], labels_BL: Tensor) -> Tensor:
     Returns:
         A scalar, fp32, in nats; ln E for gates that are all zero.
     """
-    return token_gate_loss((logits.flatten(0, 1) for logits in logits_BLE), shifted_labels(labels_BL).flatten())
+    labels_T = shifted_labels(labels_BL).flatten()
+    losses = [cross_entropy(logits.flatten(0, 1).float(), labels_T, ignore_index=IGNORE) for logits in logits_BLE]
+    return torch.stack(losses).mean()
