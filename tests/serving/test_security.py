@@ -83,6 +83,11 @@ async def test_a_trace_shows_no_expert_that_the_key_may_not_use(guarded: TextSer
     ):
         got = (await http_of(guarded).post(P, headers=bearer(key), json=body)).json()["choices"][0]["routing"]
         assert (got["experts"], got["tokens"][0]["shares"], got["dominating"]) == (experts, shares, "wide")
+    layers = body | {"routing": {"trace": "layers"}}
+    got = (await http_of(guarded).post(P, headers=bearer("wide"), json=layers)).json()["choices"][0]["routing"]
+    # The second of the three layers is another expert's, whom this key may not see; the third is nobody's.
+    assert (got["experts"], got["tokens"][0]["layer_experts"]) == (["wide"], [0, -1, -1])
+    assert got["tokens"][0]["layer_shares"] == [0.75, 0.0, 0.0]
 
 
 async def test_a_key_sees_its_models_alone(guarded: TextService) -> None:
