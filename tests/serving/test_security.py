@@ -15,7 +15,7 @@ from meteora_dist.errors import AdapterError, BankError
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import CallFailed
 from meteora_dist.serving.http_api import create_api
-from meteora_dist.serving.http_guard import PUBLIC_PATHS
+from meteora_dist.serving.http_guard import PROBES
 from meteora_dist.serving.keys import key_digest
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
 from meteora_dist.serving.service import TextService
@@ -40,14 +40,14 @@ async def test_every_route_but_the_probes_needs_a_key(guarded: TextService) -> N
     http = http_of(guarded)
     api = create_api(guarded)
     paths = {route.path for route in api.routes if hasattr(route, "path")} | {"/nowhere", "/healthz/", "//healthz"}
-    assert {"/v1/models", P, "/openapi.json", *PUBLIC_PATHS} <= paths
-    for path in sorted(paths - PUBLIC_PATHS):
+    assert {"/v1/models", P, "/openapi.json", *PROBES} <= paths
+    for path in sorted(paths - PROBES):
         for method in ("GET", "POST", "OPTIONS"):
             got = await http.request(method, path.replace("{name}", "wide"))
             assert got.status_code == 401, path
             assert got.headers["www-authenticate"] == 'Bearer realm="meteora"'
             assert got.json()["error"]["type"] == "invalid_request_error"
-    assert [(await http.get(path)).status_code for path in PUBLIC_PATHS] == [200] * 3
+    assert [(await http.get(path)).status_code for path in PROBES] == [200] * 3
     context = Context()
     with pytest.raises(CallFailed):
         await grpc_of(guarded).ListExperts(pb.ListExpertsRequest(), context)
