@@ -72,12 +72,18 @@ def _address(process: subprocess.Popen[bytes], file: Path) -> str:
 
 
 class Browser:
-    """The connection, which all pages share."""
+    """The connection, which all pages share.
+
+    Attributes:
+        pages: By their sessions.
+        events: Those of no page, by method.
+    """
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
         self._asked = 0
         self.pages: dict[str, Page] = {}
+        self.events: dict[str, list[Json]] = {}
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> Json:
         """One command, and what it answers; events that come in between go to their pages."""
@@ -92,6 +98,8 @@ class Browser:
             page = self.pages.get(got.get("sessionId", ""))
             if page is not None:
                 page.heard(got["method"], got["params"])
+            else:
+                self.events.setdefault(got["method"], []).append(got["params"])
 
     def open(self, url: str, width: int = 1280, height: int = 900, reduced_motion: bool = False) -> Page:
         """A page in a context of its own, once it has loaded."""
@@ -103,8 +111,7 @@ class Browser:
             page.call(f"{domain}.enable")
         page.resize(width, height)
         page.theme(False, reduced_motion)
-        page.call("Page.navigate", url=url)
-        page.wait("document.readyState === 'complete'")
+        page.go(url)
         return page
 
 
@@ -139,6 +146,12 @@ class Page:
             self.complaints.append(f"{event['entry']['text']} {event['entry'].get('url', '')}")
         else:
             self.events.setdefault(method, []).append(event)
+
+    def go(self, url: str) -> None:
+        """Loads another document, and waits until it has loaded."""
+        self.eval("window.left = true")
+        self.call("Page.navigate", url=url)
+        self.wait("!window.left && document.readyState === 'complete'")
 
     def eval(self, expression: str) -> Any:
         """The value of a JavaScript expression, once it is no promise any more."""
