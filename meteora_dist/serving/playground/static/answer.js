@@ -6,7 +6,7 @@ import { hideTip, inWords, showTip } from "./tip.js";
 
 const STRONG = 0.66;
 const MIDDLE = 0.4;
-const BLOCK_TOKENS = 256;
+const LINE_TOKENS = 200;
 
 export class Answer {
   /** Shows tokens in `place`; `onSelect` hears of the number of the token that is looked at, or null. */
@@ -27,29 +27,33 @@ export class Answer {
     this.selected = null;
     this.lastSlot = "";
     this.place.replaceChildren();
-    this.block = null;
+    this.line = null;
   }
 
   /** Appends tokens: {text, id, shares, number, expert}, the expert being the dominating one's name or null. */
   append(tokens) {
-    const stuck = this.place.scrollTop + this.place.clientHeight >= this.place.scrollHeight - 4;
-    let parts = document.createDocumentFragment();
     for (const token of tokens) {
-      // Lines are laid out anew as they grow: blocks keep that from reaching back to the start of a long answer.
-      if (!this.block || (this.block.childElementCount + parts.childElementCount >= BLOCK_TOKENS && /\s/.test(token.text))) {
-        this.block?.append(parts);
-        parts = document.createDocumentFragment();
-        this.block = this.place.appendChild(element("span", { className: "block" }));
-      }
-      parts.append(this.#span(token));
+      // What grows is laid out and painted anew. A block for each line, and for so many tokens of a very long one,
+      // keeps that from reaching back to the start of the answer.
+      if (this.line?.childElementCount >= LINE_TOKENS && /^\s/.test(token.text)) this.line = null;
+      this.line ??= this.place.appendChild(element("span", { className: "line" }));
+      this.line.append(this.#span(token));
+      if (token.text.endsWith("\n")) this.line = null;
     }
-    this.block?.append(parts);
-    if (stuck) this.place.scrollTop = this.place.scrollHeight;
+  }
+
+  /** Whether its reader is at its end. */
+  get followed() {
+    return this.place.scrollTop + this.place.clientHeight >= this.place.scrollHeight - 4;
+  }
+
+  follow() {
+    this.place.scrollTop = this.place.scrollHeight;
   }
 
   /** Text that no token of the trace accounts for: the rest of a character that never was completed. */
   appendPlain(text) {
-    this.place.append(text);
+    (this.line ?? this.place).append(text);
   }
 
   /** Points out a token, from wherever it was found. */
@@ -67,8 +71,6 @@ export class Answer {
     if (slot + key !== this.lastSlot) data.key = key;
     this.lastSlot = slot + key;
     const span = element("span", { className: "t", data }, token.text);
-    if (token.text === "") span.classList.add("silent");
-    if (/^\n/.test(token.text)) span.classList.add("newline");
     this.tokens.push(token);
     this.spans.push(span);
     return span;

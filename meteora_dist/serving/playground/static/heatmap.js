@@ -37,10 +37,17 @@ export class HeatMap {
     const fresh = tokens.filter((token) => token.layerExperts);
     if (!fresh.length) return;
     if (!this.layers) this.#begin(fresh[0].layerExperts.length);
-    const stuck = this.place.scrollLeft + this.place.clientWidth >= this.place.scrollWidth - COLUMN;
     for (const token of fresh) this.#draw(this.tokens.push(token) - 1);
     this.strip.style.width = `${this.tokens.length * COLUMN}px`;
-    if (stuck) this.place.scrollLeft = this.place.scrollWidth;
+  }
+
+  /** Whether its reader is at its end. */
+  get followed() {
+    return this.place.scrollLeft + this.place.clientWidth >= this.place.scrollWidth - COLUMN;
+  }
+
+  follow() {
+    this.place.scrollLeft = this.place.scrollWidth;
   }
 
   /** Draws all of it anew, in the colours of now. */

@@ -91,11 +91,14 @@ export class Pane {
     this.frame = 0;
     const tokens = this.queue.splice(0);
     if (!tokens.length) return;
+    // Asked before anything changes, and followed after all has: the page is laid out once a frame.
+    const followed = [this.answer, this.heat].filter((view) => view.followed);
     this.answer.append(tokens);
     this.legend.add(tokens);
     this.legend.show();
     this.heat.append(tokens);
     this.#stats();
+    followed.forEach((view) => view.follow());
     if (tokens[0].number === 0) seen(this.started);
     if (this.last - this.spoken > READ_OUT_MS) this.#readOut();
   }
