@@ -6,7 +6,7 @@ They hold nothing but themselves: what the page shows it asks the API for, with 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import PurePosixPath
@@ -78,7 +78,7 @@ def page_routes(assets: Mapping[str, Asset]) -> APIRouter:
     return router
 
 
-def _serving(asset: Asset) -> object:
+def _serving(asset: Asset) -> Callable[[Request], Awaitable[Response]]:
     async def serve(request: Request) -> Response:
         headers = {**_HEADERS, "ETag": asset.etag}
         if asset.etag in request.headers.get("if-none-match", ""):
