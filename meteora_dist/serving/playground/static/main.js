@@ -46,14 +46,15 @@ function key() {
 
 async function connect() {
   try {
-    models = await listModels(key());
+    const [served, examples] = await Promise.all([listModels(key()), listExamples()]);
+    models = served;
     const experts = models.filter((name) => !MODES.includes(name));
     introduce(experts);
     panes.forEach(prepare);
+    offerExamples(examples, experts);
     status(`Ready: ${experts.length} ${experts.length === 1 ? "expert" : "experts"}`, "ready");
     alertIn(find("#alert"), null);
     if (key()) showKeyForm(false);
-    offerExamples(await listExamples(), experts);
   } catch (error) {
     status("Not connected", "failed");
     alertIn(find("#alert"), error);
