@@ -30,6 +30,10 @@ for name in sorted(expected):
     home = pathlib.Path(module.__file__).resolve()
     assert home.is_relative_to((work / "venv").resolve()), f"{name} comes from {home}, not from the wheel"
     assert (home.parent / "py.typed").is_file(), f"{name} lacks its py.typed marker"
+from meteora_dist.serving.playground.page import read_assets
+
+page = {"/", "/playground/main.js", "/playground/style.css", "/playground/examples.json"}
+assert page <= read_assets().keys(), f"{wheel.name} lacks files of the playground: {sorted(page - read_assets().keys())}"
 print(f"{wheel.name}: {', '.join(sorted(expected))}; version {importlib.metadata.version('meteora-dist')}")
 PYTHON
 "$work/venv/bin/meteora" --version

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from meteora_dist.model.demo_model import demo_model_dir
 from meteora_dist.serving.app import parse_config
+from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.config_file import ServeFile, read_serve_file
 from meteora_dist.serving.local import Endpoints, drain, running_service
 
@@ -46,7 +47,7 @@ def command(
     try:
         with running_service(settings.service, http, grpc, tls=settings.tls) as endpoints:
             progress.stop()
-            _announce(console, endpoints, settings.service.access)
+            _announce(console, endpoints, settings.service)
             _stay(console, settings.service.drain_s)
     except KeyboardInterrupt:
         console.print("stopped")
@@ -80,9 +81,11 @@ def _settings(config: Path | None, overrides: dict[str, Any]) -> ServeFile:
     return replace(file, service=parse_config(file.service.model_dump() | overrides))
 
 
-def _announce(console: Console, endpoints: Endpoints, access: str) -> None:
+def _announce(console: Console, endpoints: Endpoints, service: ServiceConfig) -> None:
     console.print(f"HTTP  {endpoints.http}/v1", highlight=False)
+    if service.playground:
+        console.print(f"page  {endpoints.http}/", highlight=False)
     console.print(f"gRPC  {endpoints.grpc}", highlight=False)
-    if access == "open":
+    if service.access == "open":
         console.print("access is open: no API key is needed, and gRPC listens on every interface")
     console.print("ready; Ctrl-C ends it")

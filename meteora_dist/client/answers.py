@@ -29,11 +29,16 @@ class TokenRouting:
         text: What it completed: empty inside a character of several tokens, and for special tokens.
         id: Its id.
         shares: Each expert's share, in the order of :attr:`RoutingTrace.experts`; all zeros when none acted.
+        layer_experts: With ``trace="layers"``, the dominating expert of each decoder layer by its place in
+            :attr:`RoutingTrace.experts`; -1 where none acted.
+        layer_shares: Its share there.
     """
 
     text: str
     id: int
     shares: tuple[float, ...]
+    layer_experts: tuple[int, ...] = ()
+    layer_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

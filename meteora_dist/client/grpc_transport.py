@@ -118,7 +118,8 @@ def _routing(routing: Routing) -> pb.Routing:
         top_k=routing.top_k,
         temperature=routing.temperature,
         vote=None if routing.vote is None else f"VOTE_RULE_{routing.vote.upper()}",
-        trace=routing.trace,
+        trace=bool(routing.trace),
+        trace_layers=routing.trace == "layers",
     )
 
 
@@ -143,8 +144,13 @@ def _details(choice: pb.Choice) -> tuple[tuple[TokenLogprob, ...], RoutingTrace 
 
 
 def _trace(routing: pb.RoutingTrace) -> RoutingTrace:
-    tokens = tuple(TokenRouting(one.token, one.id, tuple(one.shares)) for one in routing.tokens)
+    tokens = tuple(_token(one) for one in routing.tokens)
     return RoutingTrace(tuple(routing.experts), tokens, routing.dominating or None, tuple(routing.votes))
+
+
+def _token(found: pb.TokenRouting) -> TokenRouting:
+    layers = tuple(found.layer_experts), tuple(found.layer_shares)
+    return TokenRouting(found.token, found.id, tuple(found.shares), *layers)
 
 
 def _usage(usage: pb.Usage) -> Usage:

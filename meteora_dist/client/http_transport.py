@@ -169,8 +169,13 @@ def _logprobs(found: Json | None) -> tuple[TokenLogprob, ...]:
 def _trace(found: Json | None) -> RoutingTrace | None:
     if found is None:
         return None
-    tokens = tuple(TokenRouting(one["token"], one["id"], tuple(one["shares"])) for one in found["tokens"])
+    tokens = tuple(_token(one) for one in found["tokens"])
     return RoutingTrace(tuple(found["experts"]), tokens, found["dominating"], tuple(found.get("votes", ())))
+
+
+def _token(found: Json) -> TokenRouting:
+    layers = (tuple(found.get(name, ())) for name in ("layer_experts", "layer_shares"))
+    return TokenRouting(found["token"], found["id"], tuple(found["shares"]), *layers)
 
 
 def _usage(found: Json) -> Usage:

@@ -31,7 +31,8 @@ class Routing:
         top_k: Experts a token uses under ``auto``.
         temperature: Divides the chosen gate logits under ``auto``.
         vote: How the bank's layer routers decide under ``auto-sequence``.
-        trace: Whether the answer reports each expert's share for every token.
+        trace: Whether the answer reports each expert's share for every token; ``layers`` for the dominating expert of
+            each decoder layer as well.
     """
 
     mode: Mode | None = None
@@ -39,7 +40,7 @@ class Routing:
     top_k: int | None = None
     temperature: float | None = None
     vote: VoteRule | None = None
-    trace: bool = False
+    trace: bool | Literal["layers"] = False
 
 
 class Options(TypedDict, total=False):

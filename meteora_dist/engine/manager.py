@@ -22,7 +22,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from meteora_dist.engine.changes import Changes
 from meteora_dist.engine.lockstep import Lockstep, Vote
-from meteora_dist.engine.request import GenerationRequest, Logprobs
+from meteora_dist.engine.request import GenerationRequest, LayerExperts, Logprobs
 from meteora_dist.engine.sampler import RequestSampler
 from meteora_dist.engine.shares import ShareKeeper, Shares
 from meteora_dist.engine.votes import VoteKeeper, Votes, ballots_of
@@ -43,12 +43,14 @@ class Notes:
         logprobs: Likewise.
         failure: Why the request cannot go on; the token is none of its answer then.
         votes: The layer routers', when the request asked for them.
+        layers: The dominating expert of each layer, when the request asked for them.
     """
 
     shares: Shares | None = None
     logprobs: Logprobs | None = None
     failure: str | None = None
     votes: Votes | None = None
+    layers: LayerExperts | None = None
 
 
 Deliver = Callable[[GenerationOutput, Notes], None]
@@ -157,6 +159,7 @@ class LockstepManager(ContinuousBatchingManager):
             self._sampler.logprobs.pop(key, None),
             self._sampler.failures.pop(key, None),
             self._votes.take(key),
+            self._keep.take_layers(key),
         )
         self._deliver(output, notes)
 
@@ -227,9 +230,10 @@ class LockstepManager(ContinuousBatchingManager):
             choices = [request.routing for request in requests]
             generations = [_generation(request) for request in requests]
             traced = any(request.trace or request.vote == "gates" for request in requests)
+            layered = [place for place, request in enumerate(requests) if request.trace and request.trace_layers]
             # The pass reads its plan where the model is.
             with torch.device(self.model.device):
-                step = plan_pass(choices, lengths, generations, self._routed.live, slots, traced)
+                step = plan_pass(choices, lengths, generations, self._routed.live, slots, traced, layered)
         ballots = ballots_of(futures, requests, self._routed.routers)
         spans = [ballot.span for ballot in ballots]
         with self._routed.context.routed(step), pooled_states(self._routed.model, spans) as pooled:

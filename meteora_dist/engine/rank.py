@@ -293,7 +293,7 @@ class RankEngine:
         reasons = [self._finish_reason(token, live.sent + count, live.request) for count, token in enumerate(new, 1)]
         live.sent += len(new)
         events: list[TokenEvent | EngineUnavailable | InvalidRequest] = [
-            TokenEvent(token, reason, notes.shares, notes.logprobs, notes.votes)
+            TokenEvent(token, reason, notes.shares, notes.logprobs, notes.votes, notes.layers)
             for token, reason in zip(new, reasons, strict=True)
         ]
         # A loop that fails after a request's last token has not failed that request.

@@ -11,6 +11,10 @@ from meteora_dist.moe.routing import RoutingChoice
 FinishReason = Literal["stop", "length"]
 Voters = Literal["gates", "routers"]
 
+LayerExperts = tuple[tuple[int, float], ...]
+"""For each decoder layer the expert with the largest share of its gate weight, and that share, averaged over the
+layer's routed linears; (-1, 0.0) where no expert acted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -61,6 +65,7 @@ class GenerationRequest:
         vote: Who votes on the prompt: with ``gates`` the first token reports the shares over the whole prompt instead
             of its own position's, with ``routers`` the choice of every layer's router. None when nobody does.
         resumed: How many tokens at the end of ``prompt_ids`` are the answer's own, produced before.
+        trace_layers: With ``trace``, whether every token reports the dominating expert of each layer as well.
     """
 
     request_id: str
@@ -75,6 +80,7 @@ class GenerationRequest:
     grammar: str | None = None
     vote: Voters | None = None
     resumed: int = 0
+    trace_layers: bool = False
 
     def after(self, tokens: Sequence[int]) -> GenerationRequest:
         """What is left of the request once it has produced ``tokens``, fewer than ``max_tokens`` of them.
@@ -113,6 +119,7 @@ class TokenEvent:
             averaged over all routed linears, in expert order; sums to 1, or is all zeros for mode ``base``.
         logprobs: What was asked for with ``top_logprobs``.
         votes: With a vote of the routers, the expert that each layer's router chose, from the first layer to the last.
+        layers: With ``trace_layers``, who dominates each layer at the position that produced this token.
     """
 
     token_id: int
@@ -120,3 +127,4 @@ class TokenEvent:
     shares: tuple[float, ...] | None = None
     logprobs: Logprobs | None = None
     votes: tuple[int, ...] | None = None
+    layers: LayerExperts | None = None

@@ -34,12 +34,14 @@ class GroupGates:
         stacked: Stacked gates (see ``gate_logits``) of every live generation.
         absent: For each of them, which linears no expert of the generation adapts, bool [N, 1]; None for none.
         complete: Makes whole logits_TNE of those of gates that saw a part of their input.
+        layer: Number of the decoder layer they are part of.
     """
 
     num_linears: int
     stacked: Sequence[Tensor]
     absent: Sequence[Tensor | None]
     complete: Callable[[Tensor], Tensor] = lambda logits: logits
+    layer: int = 0
 
 
 def choice_of(step: StepRouting, absent_N1: Tensor | None = None, local_G: Tensor | None = None) -> GateChoice:
@@ -92,6 +94,8 @@ def _route_generation(x_TH: Tensor, gates: GroupGates, step: StepRouting) -> tup
         ids_TNK, weights_TNK = ids_TNK.masked_fill(absent_N1, NO_EXPERT), weights_TNK.masked_fill(absent_N1, 0.0)
     if step.shares_TE is not None:
         step.shares_TE.scatter_add_(1, ids_TNK.flatten(1).clamp_min(0), weights_TNK.flatten(1))
+    if step.layers is not None:
+        step.layers.add(gates.layer, ids_TNK.flatten(1), weights_TNK.flatten(1))
     if step.slot_E is None:
         return ids_TNK, weights_TNK
     return torch.where(ids_TNK >= 0, step.slot_E[ids_TNK.clamp_min(0)], NO_EXPERT), weights_TNK

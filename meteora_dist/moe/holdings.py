@@ -8,6 +8,7 @@ Shapes: N linears that share one input, E experts of a generation.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from meteora_dist.errors import BankError
 from meteora_dist.moe.dispatcher import targets_of
 from meteora_dist.moe.experts import read_expert, read_gates, stack_experts, unread_expert
 from meteora_dist.moe.layer import GroupState, RoutedGroup
+from meteora_dist.moe.linears import layer_of
 from meteora_dist.moe.residency import Residency
 from meteora_dist.moe.routing import LiveGeneration, live_generations
 from meteora_dist.moe.sharding import GroupShape
@@ -66,10 +68,11 @@ class Holdings:
         """Module paths of all linears that an expert of a live generation adapts."""
         return frozenset(linear for bank in self.banks.values() for linear in bank.linears)
 
-    def live(self) -> dict[int, LiveGeneration]:
-        """The live generations, as routing needs them."""
+    def live(self, depth: int) -> dict[int, LiveGeneration]:
+        """The live generations, as routing needs them; ``depth`` decoder layers have routed linears."""
         prototypes = {number: bank.prototypes for number, bank in self.banks.items()}
-        linears = {number: len(bank.linears) for number, bank in self.banks.items()}
+        layers = {number: Counter(map(layer_of, bank.linears)) for number, bank in self.banks.items()}
+        linears = {number: tuple(counts[layer] for layer in range(depth)) for number, counts in layers.items()}
         return live_generations(self.residency.roster, prototypes, linears)
 
     def adapters(self) -> dict[str, Adapter]:

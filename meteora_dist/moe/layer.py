@@ -130,7 +130,8 @@ class RoutedGroup(nn.Module):
             return None
         if isinstance(step, StepRouting) and self._fuses(x_TH, step):
             return self._fused(x_TH, step)
-        gates = GroupGates(len(self.names), self.state.gates, self.state.absent, self._complete_logits)
+        state, layer = self.state, self.shape.layer
+        gates = GroupGates(len(self.names), state.gates, state.absent, self._complete_logits, layer)
         slots_TNK, weights_TNK = route(x_TH, gates, step)
         self._context.loads.see(slots_TNK)
         return self.deltas(x_TH, slots_TNK, weights_TNK)

@@ -140,7 +140,7 @@ class LocalDeltas:
             absent = [None if absent_N1 is None else absent_N1.tolist() for absent_N1 in state.absent]
             self._known = _Known(
                 state=state,
-                gates=GroupGates(len(self._group.names), state.gates, state.absent),
+                gates=GroupGates(len(self._group.names), state.gates, state.absent, layer=self._group.shape.layer),
                 where=None if stack.packed is None else pair_rows(stack),
                 locals=local_G,
                 in_order=local_G[:-1] == list(range(stack.num_experts)),

@@ -76,7 +76,8 @@ class RoutedModel:
         self.dispatcher = place.dispatcher
         self.wire = place.wire
         self.holdings = holdings
-        self.live = holdings.live()
+        self._depth = 1 + max(group.shape.layer for group in groups)
+        self.live = holdings.live(self._depth)
         self.routers: Mapping[int, LayerRouters] = _routers(model, holdings, {})
         self._group = place.group
 
@@ -126,7 +127,7 @@ class RoutedModel:
         for group, state in zip(self.groups, prepared.states, strict=True):
             group.state = state
         self.context.loads.renumber(prepared.holdings.residency.roster.slots)
-        self.holdings, self.live = prepared.holdings, prepared.holdings.live()
+        self.holdings, self.live = prepared.holdings, prepared.holdings.live(self._depth)
         self.routers = prepared.routers
 
 

@@ -3,18 +3,20 @@
 Several bank generations may be live at once. Expert ids and shares count in the order of the request's own
 generation; only what ``meteora_dist.moe.gate.route`` returns counts in the slots of the roster.
 
-Shapes: T tokens of the pass, K expert slots a token, E experts of a generation.
+Shapes: T tokens of the pass, K expert slots a token, E experts of a generation, L decoder layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from meteora_dist.moe.layer_shares import LayerShares
 from meteora_dist.moe.roster import Roster
 
 NO_EXPERT = -1
@@ -60,33 +62,38 @@ class LiveGeneration:
 
     Attributes:
         num_experts: E.
-        num_linears: Linears that at least one of them adapts.
+        linears_L: Linears of each layer that at least one of them adapts.
         index: Its place among the live generations, and so among the gates of every routed group.
         slot_E: The roster's slot of every expert; None where expert e is in slot e.
         prototype_E: True for experts whose gate rows are prototypes: their logit is |g . x|. None when none are.
     """
 
     num_experts: int
-    num_linears: int
+    linears_L: tuple[int, ...]
     index: int = 0
     slot_E: Tensor | None = None
     prototype_E: Tensor | None = None
 
+    @property
+    def num_linears(self) -> int:
+        """Linears that at least one of its experts adapts."""
+        return sum(self.linears_L)
+
 
 def live_generations(
-    roster: Roster, prototypes: Mapping[int, Sequence[bool]], linears: Mapping[int, int]
+    roster: Roster, prototypes: Mapping[int, Sequence[bool]], linears: Mapping[int, tuple[int, ...]]
 ) -> dict[int, LiveGeneration]:
     """What routing must know of the live generations, by number; their gates stand in the same order.
 
     Args:
         roster: The live generations.
         prototypes: For each of them, whether each expert's gate rows are prototypes.
-        linears: For each of them, how many linears at least one expert adapts.
+        linears: For each of them, how many linears of each layer at least one expert adapts.
     """
     return {
         number: LiveGeneration(
             num_experts=len(slots),
-            num_linears=linears[number],
+            linears_L=linears[number],
             index=index,
             slot_E=None if slots == tuple(range(len(slots))) else torch.tensor(slots),
             prototype_E=torch.tensor(prototypes[number]) if any(prototypes[number]) else None,
@@ -111,6 +118,7 @@ class StepRouting:
         slot_E: Of the generation, see ``LiveGeneration``.
         prototype_E: Of the generation, see ``LiveGeneration``.
         only: (slot of the roster, weight) of the experts that all tokens use alike; empty where they differ.
+        layers: The shares layer by layer, filled by the pass; None when nobody asked. Goes with ``shares_TE``.
     """
 
     auto_T: Tensor | None
@@ -124,6 +132,7 @@ class StepRouting:
     slot_E: Tensor | None = None
     prototype_E: Tensor | None = None
     only: tuple[tuple[int, float], ...] = ()
+    layers: LayerShares | None = None
 
     @property
     def slots(self) -> int:
@@ -144,6 +153,7 @@ class StepRouting:
             ids_TK=self.ids_TK[rows],
             weights_TK=self.weights_TK[rows],
             shares_TE=cut(self.shares_TE),
+            layers=None if self.layers is None else self.layers.of(rows),
         )
 
     def shares_of(self, token: int, count: int = 1) -> Tensor | None:
@@ -151,6 +161,12 @@ class StepRouting:
         if not 0 <= token <= token + count <= len(self.ids_TK):
             raise IndexError(f"the pass has {len(self.ids_TK)} tokens, and none at {token} to {token + count - 1}")
         return None if self.shares_TE is None else self.shares_TE[token : token + count].sum(0)
+
+    def layer_shares_of(self, token: int) -> Tensor:
+        """The shares of a token in each layer, [L, E]; raises IndexError when nobody asked for them."""
+        if self.layers is None:
+            raise IndexError("shares by layer were not asked for")
+        return self.layers.at(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +186,20 @@ class MixedRouting:
 
     def shares_of(self, token: int, count: int = 1) -> Tensor | None:
         """As in ``StepRouting``, for tokens of one request, [E of its generation]."""
+        part, place = self._part_of(token)
+        return part.shares_of(place, count)
+
+    def layer_shares_of(self, token: int) -> Tensor:
+        """As in ``StepRouting``, [L, E of the generation]."""
+        part, place = self._part_of(token)
+        return part.layer_shares_of(place)
+
+    def _part_of(self, token: int) -> tuple[StepRouting, int]:
+        """The routing of a token's generation, and its place there."""
         for rows_T, part in self.parts:
             place = int(torch.searchsorted(rows_T, token))
             if place < len(rows_T) and rows_T[place] == token:
-                return part.shares_of(place, count)
+                return part, place
         raise IndexError(f"the pass has no token {token}")
 
 
@@ -239,6 +265,7 @@ def plan_pass(
     live: Mapping[int, LiveGeneration],
     slots: int,
     trace: bool = False,
+    layered: Collection[int] = (),
 ) -> PassRouting:
     """As ``plan_step``, for requests of several generations.
 
@@ -249,6 +276,7 @@ def plan_pass(
         live: The live generations by number.
         slots: K, at least ``slots_of_pass(choices, generations, live)``; all ranks of a pass share it.
         trace: Whether to record shares.
+        layered: Places of the requests for whose last token they are recorded layer by layer as well; with ``trace``.
     """
 
     def plan(requests: Sequence[int], generation: int) -> StepRouting:
@@ -259,7 +287,9 @@ def plan_pass(
         slot_E, prototype_E = (
             None if table is None else table.to(step.ids_TK.device) for table in (bank.slot_E, bank.prototype_E)
         )
-        return replace(step, index=bank.index, slot_E=slot_E, prototype_E=prototype_E, only=only)
+        lasts = [end - 1 for r, end in zip(requests, accumulate(counts), strict=True) if r in layered]
+        layers = LayerShares.empty(lasts, len(bank.linears_L), bank.num_experts) if lasts else None
+        return replace(step, index=bank.index, slot_E=slot_E, prototype_E=prototype_E, only=only, layers=layers)
 
     used = sorted(set(generations))
     if len(used) == 1:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meteora_dist.adapters import PairCut
+from meteora_dist.moe.linears import layer_of
 
 Split = Literal["outputs", "inputs"]
 
@@ -42,6 +43,11 @@ class GroupShape:
     split: Split = "outputs"
     tp: int = 1
     tp_rank: int = 0
+
+    @property
+    def layer(self) -> int:
+        """Number of their decoder layer."""
+        return layer_of(self.names[0])
 
     @property
     def inputs(self) -> slice:

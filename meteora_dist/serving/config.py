@@ -58,6 +58,7 @@ class ServiceConfig(EngineConfig):
         generations_poll_s: Seconds between two looks at what other replicas have made of the bank.
         metrics_interval_s: Seconds between two looks at what the ranks count.
         max_expert_labels: Most experts that metrics name; those of all others are added up as ``other``.
+        playground: Whether ``/`` is a page to try the service with. The page needs no key; what it asks does.
     """
 
     access: Literal["keys", "open"] = "keys"
@@ -86,6 +87,7 @@ class ServiceConfig(EngineConfig):
     generations_poll_s: PositiveFloat = 1.0
     metrics_interval_s: PositiveFloat = 5.0
     max_expert_labels: NonNegativeInt = 512
+    playground: bool = True
 
     @field_validator("model", "bank")
     @classmethod

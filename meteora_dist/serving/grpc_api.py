@@ -25,6 +25,7 @@ from meteora_dist.serving.request import (
     ScoredToken,
     TextRequest,
     TokenIds,
+    TokenTrace,
     Turn,
     Usage,
     collect,
@@ -169,7 +170,8 @@ def text_request(message: pb.GenerateRequest) -> TextRequest:
         ignore_eos=message.ignore_eos,
         top_logprobs=given(message, "top_logprobs"),
         grammar=_grammar(message.response_format),
-        trace=routing.trace,
+        trace=routing.trace or routing.trace_layers,
+        trace_layers=routing.trace_layers,
     )
 
 
@@ -256,8 +258,19 @@ def _choice(prepared: Prepared, part: Answer | Piece) -> pb.Choice:
 
 
 def _trace(prepared: Prepared, part: Answer | Piece) -> pb.RoutingTrace:
-    shown = [pb.TokenRouting(token=token.token, id=token.id, shares=token.shares) for token in part.tokens]
+    shown = [_token_routing(token) for token in part.tokens]
     return pb.RoutingTrace(experts=part.experts, tokens=shown, dominating=part.dominating or "", votes=part.votes)
+
+
+def _token_routing(token: TokenTrace) -> pb.TokenRouting:
+    layers = token.layers or ()
+    return pb.TokenRouting(
+        token=token.token,
+        id=token.id,
+        shares=token.shares,
+        layer_experts=[expert for expert, _ in layers],
+        layer_shares=[share for _, share in layers],
+    )
 
 
 def _scored(token: ScoredToken) -> pb.ScoredToken:

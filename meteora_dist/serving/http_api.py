@@ -19,7 +19,7 @@ from meteora_dist.errors import InvalidRequest, MeteoraError
 from meteora_dist.observability.calls import current_call
 from meteora_dist.serving.admin import AdminService
 from meteora_dist.serving.admin_http import ADMIN_READS, ADMIN_WRITES, admin_routes
-from meteora_dist.serving.http_guard import Guard, caller_of, failure_response
+from meteora_dist.serving.http_guard import PROBES, Guard, caller_of, failure_response
 from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.observed import Observed
 from meteora_dist.serving.openai_objects import (
@@ -34,6 +34,7 @@ from meteora_dist.serving.openai_objects import (
 from meteora_dist.serving.openai_reply import DONE, Json, Reply, event
 from meteora_dist.serving.openai_schema import ChatBody, CompletionBody, parse
 from meteora_dist.serving.openapi import GENERATION, GUARDED, answers, body, describe
+from meteora_dist.serving.playground.page import page_routes, read_assets
 from meteora_dist.serving.request import Ending, Piece, collect, usage_of
 from meteora_dist.serving.service import TextService
 from meteora_dist.serving.status import METHOD_NOT_ALLOWED, NO_SUCH_ROUTE, Failure, failure_of
@@ -46,17 +47,19 @@ _WRITTEN = (Completion, CompletionChunk, ChatCompletion, ChatChunk, ModelList, M
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def create_api(service: TextService, admin: AdminService | None = None) -> FastAPI:
-    """The application: every answer is JSON or a stream of server-sent events, every error an OpenAI error object.
+def create_api(service: TextService, admin: AdminService | None = None, playground: bool = False) -> FastAPI:
+    """The application: answers are JSON, streams of server-sent events or the playground, errors OpenAI error objects.
 
-    Everything but the probes lies behind the service's gate.
+    Everything but the probes and the playground's files lies behind the service's gate.
 
     Args:
         service: What answers.
         admin: Administers its experts, below ``/admin``; None where nobody may.
+        playground: Whether ``/`` is the page to try the service with.
     """
     api = FastAPI(title="meteora", version=__version__, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
-    api.add_middleware(Guard, gate=service.gate, limits=service.limits)
+    page = read_assets() if playground else {}
+    api.add_middleware(Guard, gate=service.gate, limits=service.limits, public=PROBES | page.keys())
     # Around the guard: it sees what that refuses.
     api.add_middleware(Observed, observer=service.observer)
     started = int(time())
@@ -106,6 +109,7 @@ def create_api(service: TextService, admin: AdminService | None = None) -> FastA
 
     if admin is not None:
         api.include_router(admin_routes(admin))
+    api.include_router(page_routes(page))
     api.add_exception_handler(MeteoraError, _on_error)
     api.add_exception_handler(Exception, _on_error)
     api.add_exception_handler(HTTPException, _on_http_error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Collection
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -17,8 +18,16 @@ from meteora_dist.serving.keys import Caller
 from meteora_dist.serving.limits import Limits
 from meteora_dist.serving.status import Failure, failure_of
 
-PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/livez"})
-"""What answers without a key: probes."""
+PROBES = frozenset({"/healthz", "/readyz", "/livez"})
+
+
+def path_of(scope: Scope) -> str:
+    """The path below the prefix that the application is served at; the prefix itself is ``/``."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    below = path.removeprefix(prefix)
+    return (below or "/") if not below or below.startswith("/") else path
+
 
 _DIGITS = 20
 """Of a length that are worth reading: more is too much whatever it is."""
@@ -27,14 +36,16 @@ _DIGITS = 20
 class Guard:
     """ASGI middleware: nothing of a request reaches the application, nor is its body read, before its key is known."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, limits: Limits, public: Collection[str] = PROBES) -> None:
+        """Wraps ``app``; the paths in ``public`` answer without a key."""
         self._app = app
         self._gate = gate
         self._limits = limits
+        self._public = frozenset(public)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on with its caller in ``request.state``, or answers with the error."""
-        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
+        if scope["type"] != "http" or path_of(scope) in self._public:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)

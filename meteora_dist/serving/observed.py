@@ -10,7 +10,7 @@ from http import HTTPStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meteora_dist.observability.calls import CANCELLED, Call, Observer
-from meteora_dist.serving.http_guard import PUBLIC_PATHS
+from meteora_dist.serving.http_guard import PROBES, path_of
 
 REQUEST_ID = "x-request-id"
 
@@ -25,7 +25,7 @@ class Observed:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
-        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
+        if scope["type"] != "http" or path_of(scope) in PROBES:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}

@@ -24,11 +24,17 @@ class Usage(_Exact):
 
 
 class TokenRouting(_Exact):
-    """One produced token and each expert's share of the gate weight, in the order of ``experts``."""
+    """One produced token and each expert's share of the gate weight, in the order of ``experts``.
+
+    With ``routing.trace`` set to ``layers``, ``layer_experts`` has the dominating expert of each decoder layer, by its
+    place in ``experts`` or -1 where none acted, and ``layer_shares`` its share there.
+    """
 
     token: str
     id: int
     shares: list[float]
+    layer_experts: list[int] | Absent = None
+    layer_shares: list[float] | Absent = None
 
 
 class RoutingTrace(_Exact):

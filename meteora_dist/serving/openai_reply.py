@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meteora_dist.serving.request import Answer, Piece, ScoredToken, TokenLogprobs, Usage, usage_of
+from meteora_dist.serving.request import Answer, Piece, ScoredToken, TokenLogprobs, TokenTrace, Usage, usage_of
 from meteora_dist.serving.service import Prepared
 
 Json = dict[str, object]
 
 DONE = "data: [DONE]\n\n"
+
+_LAYER_DIGITS = 4
 
 
 def event(value: Json) -> str:
@@ -78,10 +80,19 @@ class Reply:
         if self.prepared.asked.top_logprobs is not None:
             choice["logprobs"] = (_chat_logprobs if self.chat else _completion_logprobs)(part.logprobs)
         if self.prepared.asked.trace:
-            shown = [{"token": token.token, "id": token.id, "shares": token.shares} for token in part.tokens]
+            shown = [_token_routing(token) for token in part.tokens]
             votes = {"votes": part.votes} if part.votes else {}
             choice["routing"] = {"experts": part.experts, "dominating": part.dominating, "tokens": shown, **votes}
         return choice
+
+
+def _token_routing(token: TokenTrace) -> Json:
+    shown: Json = {"token": token.token, "id": token.id, "shares": token.shares}
+    if token.layers is None:
+        return shown
+    # Many numbers for one token: more digits than anybody looks at would make most of a stream's bytes.
+    shares = [round(share, _LAYER_DIGITS) for _, share in token.layers]
+    return shown | {"layer_experts": [expert for expert, _ in token.layers], "layer_shares": shares}
 
 
 def _usage(usage: Usage) -> Json:

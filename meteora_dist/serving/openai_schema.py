@@ -75,7 +75,8 @@ class RoutingOptions(_Strict):
         top_k: Experts a token uses under ``auto``; None for the bank's default.
         temperature: Divides the chosen gate logits under ``auto``; None for the bank's default.
         vote: How routers decide under ``auto-sequence``: ``majority`` or ``last``; None for the bank's default.
-        trace: Whether every choice reports each expert's share for every token, and the votes of routers.
+        trace: Whether every choice reports each expert's share for every token, and the votes of routers;
+            ``layers`` for the dominating expert of each decoder layer as well.
     """
 
     mode: str | None = _documented(enum=[*MODES, None])
@@ -83,7 +84,7 @@ class RoutingOptions(_Strict):
     top_k: int | None = _documented(minimum=1)
     temperature: float | None = _documented(minimum=MIN_TEMPERATURE, maximum=MAX_TEMPERATURE)
     vote: str | None = _documented(enum=[*VOTE_RULES, None])
-    trace: bool = False
+    trace: bool | Literal["layers"] = False
 
 
 class JsonSchema(_Strict):
@@ -176,7 +177,8 @@ class GenerationBody(_Strict):
             ignore_eos=bool(self.ignore_eos),
             top_logprobs=top_logprobs,
             grammar=None if self.response_format is None else self.response_format.grammar(),
-            trace=routing.trace,
+            trace=bool(routing.trace),
+            trace_layers=routing.trace == "layers",
         )
 
     def _sampling(self) -> Sampling:
@@ -269,6 +271,8 @@ def parse(body: type[Body], raw: bytes) -> Body:
         raise InvalidRequest(f"{param} is not a field this service knows", param)
     if first["loc"][:1] == ("prompt",) and first["type"] != "missing":
         raise InvalidRequest("prompt must be a text, a list of texts, a list of token ids or a list of these", "prompt")
+    if first["loc"][:2] == ("routing", "trace"):
+        raise InvalidRequest("routing.trace must be true, false or 'layers'", "routing.trace")
     what = "the body" if param is None else param
     raise InvalidRequest(f"{what}: {first['msg'][:1].lower()}{first['msg'][1:]}", param)
 

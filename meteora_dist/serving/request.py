@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from meteora_dist.engine.request import FinishReason, Sampling
+from meteora_dist.engine.request import FinishReason, LayerExperts, Sampling
 from meteora_dist.serving.selection import Selection
 
 
@@ -50,6 +50,7 @@ class TextRequest:
         top_logprobs: How many of the most probable tokens are reported with every token; None for no report.
         grammar: What answers must match, in llguidance's own notation; None for anything.
         trace: Whether every token reports the experts' shares.
+        trace_layers: With ``trace``, whether it reports the dominating expert of each layer as well.
     """
 
     prompts: tuple[Prompt, ...]
@@ -64,6 +65,7 @@ class TextRequest:
     top_logprobs: int | None = None
     grammar: str | None = None
     trace: bool = False
+    trace_layers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,14 @@ class TokenTrace:
         token: The text it completed: empty inside a character of several tokens, and for special tokens.
         id: Its id.
         shares: Each expert's share of the gate weight, in the order of ``Piece.experts``.
+        layers: With ``TextRequest.trace_layers``, the dominating expert of each layer, by its place in
+            ``Piece.experts``, and its share there.
     """
 
     token: str
     id: int
     shares: tuple[float, ...]
+    layers: LayerExperts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class Server(AdminMethods, HealthMethods):
             ClusterError: The ranks could not be placed or did not start.
         """
         log_json(sys.stderr)
+        self._playground = config.playground
         gate, sources = Gate.of(config), Sources(config.expert_roots)
         observer = Observer(RayRecorder())
         generations = Generations(config.bank, config.generations_folder)
@@ -76,7 +77,7 @@ class Server(AdminMethods, HealthMethods):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP application; Serve calls this after the constructor."""
-        return create_api(self.service, self.admin)
+        return create_api(self.service, self.admin, self._playground)
 
     def _serving(self) -> Serving:
         newest = max(self._sharing.published, self.experts.serving)

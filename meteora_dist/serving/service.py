@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.errors import EngineUnavailable, InvalidRequest, PromptTooLong, RequestExpired
+from meteora_dist.moe.routing import NO_EXPERT
 from meteora_dist.observability.calls import Call, Observer, current_call
 from meteora_dist.serving.admission import Admission
 from meteora_dist.serving.catalog import Catalog
@@ -156,6 +157,7 @@ class TextService:
                 max_tokens=room,
                 sampling=replace(request.sampling, seed=(seed + answer * _SEED_STEP) % 2**63),
                 trace=request.trace or call.traced,
+                trace_layers=request.trace_layers,
                 ignore_eos=request.ignore_eos,
                 top_logprobs=request.top_logprobs,
                 grammar=request.grammar,
@@ -261,7 +263,11 @@ class TextService:
 
 
 def _shown(event: TokenEvent, experts: Sequence[int]) -> TokenEvent:
-    """The event with the shares of these experts alone."""
+    """The event with the shares of these experts alone, numbered by their places here."""
     if event.shares is None or len(experts) == len(event.shares):
         return event
-    return replace(event, shares=tuple(event.shares[expert] for expert in experts))
+    layers = event.layers
+    if layers is not None:
+        places = {expert: place for place, expert in enumerate(experts)}
+        layers = tuple((places[expert], share) if expert in places else (NO_EXPERT, 0.0) for expert, share in layers)
+    return replace(event, shares=tuple(event.shares[expert] for expert in experts), layers=layers)

@@ -58,7 +58,7 @@ class Transcript:
         if event.shares is None:
             return ()
         self._sums = [total + share for total, share in zip(self._sums, event.shares, strict=True)]
-        return (TokenTrace(completed, event.token_id, event.shares),)
+        return (TokenTrace(completed, event.token_id, event.shares, event.layers),)
 
     def _logprobs(self, event: TokenEvent) -> tuple[TokenLogprobs, ...]:
         if event.logprobs is None:

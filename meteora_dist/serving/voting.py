@@ -34,6 +34,7 @@ def ballot(answer: GenerationRequest, routers: bool) -> GenerationRequest:
         max_tokens=1,
         sampling=Sampling(),
         trace=False,
+        trace_layers=False,
         ignore_eos=False,
         top_logprobs=None,
         grammar=None,

@@ -204,6 +204,14 @@ async def test_traces_and_logprobs(connect: Connect, tokenizer: TextTokenizer) -
         assert tuple(token for trace in traces for token in trace.tokens) == answer.routing.tokens
 
 
+async def test_traces_of_the_layers(connect: Connect, tokenizer: TextTokenizer) -> None:
+    client = await connect(says(tokenizer, "yes"))
+    answer = (await client.generate("Hi", max_tokens=1, routing=Routing(trace="layers"))).answers[0]
+    assert answer.routing is not None
+    (token,) = answer.routing.tokens
+    assert (token.layer_experts, token.layer_shares) == ((1, 3, -1), (0.75, 0.5, 0.0))
+
+
 async def test_models(connect: Connect, tokenizer: TextTokenizer) -> None:
     client = await connect(says(tokenizer, ""))
     assert await client.models() == ("auto", "auto-sequence", "base", *EXPERTS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from meteora_cluster.member import free_port
@@ -28,7 +29,7 @@ from meteora_dist.moe.routing import BASE, RoutingChoice, named, plan_step
 from meteora_dist.moe.wire import EXCHANGE_KINDS
 from meteora_dist.serving.json_grammar import json_grammar
 from tests.support.ranks import run_ranks
-from tests.support.tiny import SPECS, load_tiny_llama
+from tests.support.tiny import ALL_LINEARS, LAYERS, SPECS, linears, load_tiny_llama
 
 EXPERTS = len(SPECS)
 CHOICES = [
@@ -119,6 +120,52 @@ async def test_shares_tell_which_experts_acted(engine: RankEngine) -> None:
         assert event.shares == pytest.approx((0.0, 0.4, 0.0, 0.6), abs=1e-5)
     untraced = await collect(engine, replace(REQUESTS[0], trace=False))
     assert {event.shares for event in untraced} == {None}
+
+
+def layers_by_hand(routed: RoutedModel, ids: list[int], bank: Bank) -> list[tuple[int, float]]:
+    """The dominating expert of each layer at the last token, from each linear's own input and gate: top-2, softmax."""
+    sums_LE = torch.zeros(LAYERS, EXPERTS)
+
+    def gather(name: str, x: torch.Tensor) -> None:
+        logits_E = gates[name].float() @ x.reshape(-1, x.shape[-1])[-1]
+        weights_K, ids_K = logits_E.topk(2)
+        sums_LE[int(name.split(".")[2]), ids_K] += weights_K.softmax(0)
+
+    gates = load_file(bank.path / "gates.safetensors")
+    modules = {name: routed.model.get_submodule(name) for name in linears()}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: gather(name, inputs[0]))
+        for name, module in modules.items()
+    ]
+    with torch.no_grad(), routed.context.routed(plan_step([RoutingChoice()], [len(ids)], EXPERTS, 2)):
+        routed.model(torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    shares_L, experts_L = (sums_LE / len(ALL_LINEARS)).max(1)
+    return list(zip(experts_L.tolist(), shares_L.tolist(), strict=True))
+
+
+async def test_layers_tell_which_expert_dominates_each(engine: RankEngine, tiny_base: Path, tiny_bank: Bank) -> None:
+    routed = inject(load_tiny_llama(tiny_base), tiny_bank, torch.float32)
+    asking = [replace(request, trace_layers=True) for request in REQUESTS[:3]]
+    # In company of one that does not ask, and with a prompt that two passes read.
+    auto, base, expert, silent = await together(engine, [*asking, REQUESTS[3]])
+    ids = list(asking[0].prompt_ids)
+    for event in auto:
+        assert event.layers is not None
+        by_hand = layers_by_hand(routed, ids, tiny_bank)
+        assert [number for number, _ in event.layers] == [number for number, _ in by_hand]
+        assert [share for _, share in event.layers] == pytest.approx([share for _, share in by_hand], abs=1e-5)
+        ids.append(event.token_id)
+    assert len({event.layers for event in auto}) > 1
+    assert {event.layers for event in base} == {((-1, 0.0),) * LAYERS}
+    assert {event.layers for event in expert} == {((2, 1.0),) * LAYERS}
+    assert {event.layers for event in silent} == {None}
+    long = replace(asking[0], request_id="long", prompt_ids=tuple(range(3, 73)), max_tokens=1)
+    (event,) = await collect(engine, long)
+    assert event.layers is not None
+    by_hand = layers_by_hand(routed, list(long.prompt_ids), tiny_bank)
+    assert [number for number, _ in event.layers] == [number for number, _ in by_hand]
 
 
 async def test_the_report_counts_the_requests_of_the_rank(engine: RankEngine, tiny_bank: Bank) -> None:

@@ -73,13 +73,15 @@ def test_more_slots_than_a_pass_needs_change_nothing() -> None:
 
 
 # Generation 1 has the experts in slots 0, 1, 2; generation 2 has lost the first and got a new one, in slot 3.
-LIVE = {1: LiveGeneration(3, 1), 2: LiveGeneration(3, 1, index=1, slot_E=torch.tensor([1, 2, 3]))}
+LIVE = {1: LiveGeneration(3, (1,)), 2: LiveGeneration(3, (1,), index=1, slot_E=torch.tensor([1, 2, 3]))}
 # One input feature of value 1, so that the gates are the logits.
 GATES = (torch.tensor([[0.0], [math.log(3)], [-9.0]]), torch.tensor([[-9.0], [0.0], [math.log(3)]]))
 
 
 def test_live_generations_of_a_roster() -> None:
-    live = live_generations(roster_of({1: "abc", 2: "bcd"}), {1: (False,) * 3, 2: (False, False, True)}, {1: 1, 2: 1})
+    live = live_generations(
+        roster_of({1: "abc", 2: "bcd"}), {1: (False,) * 3, 2: (False, False, True)}, {1: (1,), 2: (1,)}
+    )
     assert list(live) == [1, 2]
     assert live[1] == LIVE[1]
     assert (live[2].num_experts, live[2].index) == (3, 1)
@@ -91,7 +93,7 @@ def test_live_generations_of_a_roster() -> None:
 
 def test_a_prototype_counts_on_both_sides() -> None:
     # Inputs 1 and -1 against the rows ln 3 (trained), -ln 9 (prototype) and 0 (trained).
-    live = {1: LiveGeneration(3, 1, prototype_E=torch.tensor([False, True, False]))}
+    live = {1: LiveGeneration(3, (1,), prototype_E=torch.tensor([False, True, False]))}
     step = plan_pass([RoutingChoice()], [2], [1], live, 2)
     stacked = (torch.tensor([[math.log(3)], [-math.log(9)], [0.0]]),)
     ids_TNK, weights_TNK = route(torch.tensor([[1.0], [-1.0]]), gates(*stacked), step)
@@ -130,7 +132,7 @@ def test_one_generation_needs_no_mixing() -> None:
 
 def test_a_small_generation_beside_one_that_needs_more_slots() -> None:
     # Five experts beside two; "all experts" means five slots for one request and two for the other.
-    live = {4: LiveGeneration(5, 1), 5: LiveGeneration(2, 1, index=1, slot_E=torch.tensor([4, 0]))}
+    live = {4: LiveGeneration(5, (1,)), 5: LiveGeneration(2, (1,), index=1, slot_E=torch.tensor([4, 0]))}
     stacked = (torch.tensor([[5.0], [4.0], [3.0], [2.0], [1.0]]), torch.tensor([[0.0], [math.log(3)]]))
     choices = [RoutingChoice(top_k=9), RoutingChoice(top_k=9)]
     assert slots_of_pass(choices, [4, 5], live) == 5
@@ -145,7 +147,7 @@ def test_a_small_generation_beside_one_that_needs_more_slots() -> None:
 
 def test_company_of_another_generation_changes_no_token() -> None:
     generator = torch.Generator().manual_seed(3)
-    live = {7: LiveGeneration(6, 1), 8: LiveGeneration(5, 1, index=1, slot_E=torch.tensor([5, 0, 2, 3, 6]))}
+    live = {7: LiveGeneration(6, (1,)), 8: LiveGeneration(5, (1,), index=1, slot_E=torch.tensor([5, 0, 2, 3, 6]))}
     stacked = (torch.randn(12, 4, generator=generator), torch.randn(10, 4, generator=generator))
     x_TH = torch.randn(9, 4, generator=generator)
     choices = [RoutingChoice(temperature=3.0), BLEND, RoutingChoice(top_k=1), BASE, RoutingChoice()]
@@ -162,7 +164,7 @@ def test_company_of_another_generation_changes_no_token() -> None:
 
 def test_linears_that_a_generation_does_not_adapt_get_no_expert() -> None:
     # Two linears; generation 2 adapts the second one alone, so its experts can act, and have shares, there alone.
-    live = {1: LiveGeneration(2, 2), 2: LiveGeneration(2, 1, index=1)}
+    live = {1: LiveGeneration(2, (2,)), 2: LiveGeneration(2, (1,), index=1)}
     stacked_PH = torch.tensor([[0.0], [math.log(3)], [math.log(3)], [0.0]])
     group = GroupGates(2, (stacked_PH, stacked_PH), (None, torch.tensor([[True], [False]])))
     step = plan_pass([RoutingChoice(), RoutingChoice(), named(1)], [1, 1, 1], [1, 2, 2], live, 2, trace=True)

@@ -16,7 +16,7 @@ from meteora_dist.observability.summary import CallSummary
 from meteora_dist.observability.tracing import CallSpan
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.grpc_health import SERVICES
-from meteora_dist.serving.http_guard import PUBLIC_PATHS
+from meteora_dist.serving.http_guard import PROBES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
 
@@ -73,5 +73,5 @@ def _span(summary: CallSummary) -> ReadableSpan:
 
 
 def test_the_probes_are_there() -> None:
-    assert all(f"`GET {path}`" in section("Health") for path in PUBLIC_PATHS)
+    assert all(f"`GET {path}`" in section("Health") for path in PROBES)
     assert all(f"`{service or chr(34) * 2}`" in section("Health") for service in SERVICES)

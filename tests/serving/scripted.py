@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from meteora_dist.engine.request import GenerationRequest, Logprobs, TokenEvent
+from meteora_dist.engine.request import GenerationRequest, LayerExperts, Logprobs, TokenEvent
 from meteora_dist.serving.tokenizer import TextTokenizer
 
 EOS = 259
@@ -23,6 +23,7 @@ class ScriptedEngine:
         healthy: Error of ``check``; None when all is well.
         pause: When set, every token waits for it.
         votes: Of the layer routers, for requests that ask them.
+        layers: Who dominates them, for requests that ask.
         seen: Requests it was asked.
         closed: Ids of requests whose generation was closed, for whatever reason.
     """
@@ -32,6 +33,7 @@ class ScriptedEngine:
     healthy: Exception | None = None
     pause: asyncio.Event | None = None
     votes: tuple[int, ...] = (1, 3, 1, 2)
+    layers: LayerExperts = ((1, 0.75), (3, 0.5), (-1, 0.0))
     seen: list[GenerationRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
 
@@ -54,7 +56,9 @@ class ScriptedEngine:
                 shares = (0.1, 0.6, 0.2, 0.1) if request.trace or request.vote == "gates" else None
                 top = None if request.top_logprobs is None else [(token, -0.5), (EOS, -1.0)][: request.top_logprobs]
                 votes = self.votes if request.vote == "routers" else None
-                yield TokenEvent(token, reason, shares, None if top is None else Logprobs(-0.5, tuple(top)), votes)
+                logprobs = None if top is None else Logprobs(-0.5, tuple(top))
+                layers = self.layers if request.trace_layers else None
+                yield TokenEvent(token, reason, shares, logprobs, votes, layers)
             if self.error is not None:
                 raise self.error
         finally:

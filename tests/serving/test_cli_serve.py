@@ -122,8 +122,13 @@ def test_it_asks_for_keys_speaks_tls_and_ends_after_its_streams(
     words = ["--config", str(tmp_path / "serve.yaml"), "--keys", str(tmp_path / "keys.yaml")]
     process = serve(*words, "--grpc-port", str(grpc_port), home=tmp_path)
     assert process.stdout is not None
-    lines = [next(process.stdout).strip() for _ in range(3)]
-    assert lines == [f"HTTP  https://127.0.0.1:{http}/v1", f"gRPC  127.0.0.1:{grpc_port}", "ready; Ctrl-C ends it"]
+    lines = [next(process.stdout).strip() for _ in range(4)]
+    assert lines == [
+        f"HTTP  https://127.0.0.1:{http}/v1",
+        f"page  https://127.0.0.1:{http}/",
+        f"gRPC  127.0.0.1:{grpc_port}",
+        "ready; Ctrl-C ends it",
+    ]
     with (
         httpx.Client(base_url=f"https://127.0.0.1:{http}", verify=_trusting(certificate), timeout=60) as client,
         grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel,

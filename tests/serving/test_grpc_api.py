@@ -71,6 +71,16 @@ async def test_generate_answers_in_one_message(tokenizer: TextTokenizer, make_se
     assert list(choice.routing.tokens[0].shares) == pytest.approx([0.1, 0.6, 0.2, 0.1])
 
 
+async def test_layers_are_reported_when_asked_for(tokenizer: TextTokenizer, make_service: MakeService) -> None:
+    for routing, layers in ((pb.Routing(trace_layers=True), [1, 3, -1]), (pb.Routing(trace=True), [])):
+        request = pb.GenerateRequest(prompt="Hi", max_tokens=1, routing=routing)
+        got = await methods(make_service, says(tokenizer, "yes")).Generate(request, Context())
+        (token,) = got.choices[0].routing.tokens
+        assert list(token.layer_experts) == layers
+        assert list(token.layer_shares) == [0.75, 0.5, 0.0][: len(layers)]
+        assert list(token.shares) == pytest.approx([0.1, 0.6, 0.2, 0.1])
+
+
 async def test_a_stream_ends_with_reason_and_usage(tokenizer: TextTokenizer, make_service: MakeService) -> None:
     servicer = methods(make_service, says(tokenizer, "é!"))
     got = [message async for message in servicer.GenerateStream(pb.GenerateRequest(prompt="Hi"), Context())]

@@ -110,6 +110,15 @@ async def test_the_trace_is_in_the_choice(yes: httpx.AsyncClient, tokenizer: Tex
     ]
 
 
+async def test_a_trace_of_the_layers_is_in_the_choice(yes: httpx.AsyncClient) -> None:
+    body = {"prompt": "Hi", "max_tokens": 2, "routing": {"trace": "layers"}}
+    choice = (await yes.post("/v1/completions", json=body)).json()["choices"][0]
+    for token in choice["routing"]["tokens"]:
+        assert (token["layer_experts"], token["layer_shares"]) == ([1, 3, -1], [0.75, 0.5, 0.0])
+    chunks = events((await yes.post("/v1/completions", json=body | {"stream": True})).text)
+    assert [chunk["choices"][0]["routing"]["tokens"][0] for chunk in chunks] == choice["routing"]["tokens"]
+
+
 async def test_models_lists_modes_and_experts(yes: httpx.AsyncClient) -> None:
     got = (await yes.get("/v1/models")).json()
     assert got["object"] == "list"
@@ -166,6 +175,7 @@ DEEP = {"type": "json_schema", "json_schema": {"name": "x", "schema": NEST}}
         (P, {"prompt": "a", "response_format": DEEP}, 400, "response_format", "recursion limit"),
         (P, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "'x' is no token id"),
         (P, {"prompt": "a", "routing": {"k": 2}}, 400, "routing.k", "routing.k is not a field"),
+        (P, {"prompt": "a", "routing": {"trace": "all"}}, 400, "routing.trace", "true, false or 'layers'"),
         (P, {"prompt": "a", "routing": {"top_k": 0}}, 400, "routing.top_k", "at least 1"),
         (P, {"prompt": "a", "stream_options": {}}, 400, "stream_options", "only allowed when stream"),
         (P, {"prompt": "a", "model": "nobody"}, 404, "model", "served are auto, auto-sequence, base"),

@@ -15,7 +15,7 @@ from meteora_dist.errors import AdapterError, BankError
 from meteora_dist.serving.gate import Gate
 from meteora_dist.serving.grpc_api import CallFailed
 from meteora_dist.serving.http_api import create_api
-from meteora_dist.serving.http_guard import PUBLIC_PATHS
+from meteora_dist.serving.http_guard import PROBES
 from meteora_dist.serving.keys import key_digest
 from meteora_dist.serving.proto.meteora.v1 import inference_pb2 as pb
 from meteora_dist.serving.service import TextService
@@ -40,14 +40,14 @@ async def test_every_route_but_the_probes_needs_a_key(guarded: TextService) -> N
     http = http_of(guarded)
     api = create_api(guarded)
     paths = {route.path for route in api.routes if hasattr(route, "path")} | {"/nowhere", "/healthz/", "//healthz"}
-    assert {"/v1/models", P, "/openapi.json", *PUBLIC_PATHS} <= paths
-    for path in sorted(paths - PUBLIC_PATHS):
+    assert {"/v1/models", P, "/openapi.json", *PROBES} <= paths
+    for path in sorted(paths - PROBES):
         for method in ("GET", "POST", "OPTIONS"):
             got = await http.request(method, path.replace("{name}", "wide"))
             assert got.status_code == 401, path
             assert got.headers["www-authenticate"] == 'Bearer realm="meteora"'
             assert got.json()["error"]["type"] == "invalid_request_error"
-    assert [(await http.get(path)).status_code for path in PUBLIC_PATHS] == [200] * 3
+    assert [(await http.get(path)).status_code for path in PROBES] == [200] * 3
     context = Context()
     with pytest.raises(CallFailed):
         await grpc_of(guarded).ListExperts(pb.ListExpertsRequest(), context)
@@ -83,6 +83,11 @@ async def test_a_trace_shows_no_expert_that_the_key_may_not_use(guarded: TextSer
     ):
         got = (await http_of(guarded).post(P, headers=bearer(key), json=body)).json()["choices"][0]["routing"]
         assert (got["experts"], got["tokens"][0]["shares"], got["dominating"]) == (experts, shares, "wide")
+    layers = body | {"routing": {"trace": "layers"}}
+    got = (await http_of(guarded).post(P, headers=bearer("wide"), json=layers)).json()["choices"][0]["routing"]
+    # The second of the three layers is another expert's, whom this key may not see; the third is nobody's.
+    assert (got["experts"], got["tokens"][0]["layer_experts"]) == (["wide"], [0, -1, -1])
+    assert got["tokens"][0]["layer_shares"] == [0.75, 0.0, 0.0]
 
 
 async def test_a_key_sees_its_models_alone(guarded: TextService) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ameteora/v1/inference.proto\x12\nmeteora.v1\"\xc3\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.meteora.v1.ChatH\x00\x12\"\n\x05texts\x18\x08 \x01(\x0b\x32\x11.meteora.v1.TextsH\x00\x12\x31\n\rtoken_prompts\x18\t \x01(\x0b\x32\x18.meteora.v1.TokenPromptsH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.meteora.v1.Sampling\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12$\n\x07routing\x18\x07 \x01(\x0b\x32\x13.meteora.v1.Routing\x12\x0e\n\x01n\x18\n \x01(\x05H\x02\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\x05H\x03\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x0c \x01(\x0b\x32\x1a.meteora.v1.ResponseFormat\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\x04\n\x02_nB\x0f\n\r_top_logprobs\"\x16\n\x05Texts\x12\r\n\x05texts\x18\x01 \x03(\t\"5\n\x0cTokenPrompts\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.meteora.v1.TokenIds\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"F\n\x0eResponseFormat\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x42\x06\n\x04type\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.meteora.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb7\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x37\n\nlogit_bias\x18\t \x03(\x0b\x32#.meteora.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penalty\"\xcf\x01\n\x07Routing\x12\x12\n\x05top_k\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05trace\x18\x03 \x01(\x08\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.meteora.v1.Mode\x12)\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x18.meteora.v1.ChosenExpert\x12\"\n\x04vote\x18\x06 \x01(\x0e\x32\x14.meteora.v1.VoteRuleB\x08\n\x06_top_kB\x0e\n\x0c_temperature\"<\n\x0c\x43hosenExpert\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"l\n\x0cRoutingTrace\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\t\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.meteora.v1.TokenRouting\x12\x12\n\ndominating\x18\x03 \x01(\t\x12\r\n\x05votes\x18\x04 \x03(\x05\"9\n\x0cTokenRouting\x12\r\n\x05token\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\x05\x12\x0e\n\x06shares\x18\x03 \x03(\x02\"]\n\rTokenLogprobs\x12&\n\x05token\x18\x01 \x01(\x0b\x32\x17.meteora.v1.ScoredToken\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.meteora.v1.ScoredToken\"E\n\x0bScoredToken\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0b\n\x03raw\x18\x03 \x01(\x0c\x12\x0f\n\x07logprob\x18\x04 \x01(\x01\"\xae\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.meteora.v1.FinishReason\x12)\n\x07routing\x18\x04 \x01(\x0b\x32\x18.meteora.v1.RoutingTrace\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.meteora.v1.TokenLogprobs\"t\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x12.meteora.v1.Choice\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.meteora.v1.Usage\"y\n\x16GenerateStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x12.meteora.v1.Choice\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.meteora.v1.Usage\"\x14\n\x12ListExpertsRequest\"\x82\x01\n\x13ListExpertsResponse\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12#\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x12.meteora.v1.Expert\x12\x15\n\rdefault_top_k\x18\x03 \x01(\x05\x12\x1b\n\x13\x64\x65\x66\x61ult_temperature\x18\x04 \x01(\x01\"C\n\x06\x45xpert\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\r\n\x05\x61lpha\x18\x03 \x01(\x01\x12\x0e\n\x06rslora\x18\x04 \x01(\x08*r\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x16\n\x12MODE_AUTO_SEQUENCE\x10\x02\x12\x0e\n\nMODE_NAMED\x10\x03\x12\x0e\n\nMODE_BLEND\x10\x04\x12\r\n\tMODE_BASE\x10\x05*Q\n\x08VoteRule\x12\x19\n\x15VOTE_RULE_UNSPECIFIED\x10\x00\x12\x16\n\x12VOTE_RULE_MAJORITY\x10\x01\x12\x12\n\x0eVOTE_RULE_LAST\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf7\x01\n\tInference\x12\x45\n\x08Generate\x12\x1b.meteora.v1.GenerateRequest\x1a\x1c.meteora.v1.GenerateResponse\x12S\n\x0eGenerateStream\x12\x1b.meteora.v1.GenerateRequest\x1a\".meteora.v1.GenerateStreamResponse0\x01\x12N\n\x0bListExperts\x12\x1e.meteora.v1.ListExpertsRequest\x1a\x1f.meteora.v1.ListExpertsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ameteora/v1/inference.proto\x12\nmeteora.v1\"\xc3\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.meteora.v1.ChatH\x00\x12\"\n\x05texts\x18\x08 \x01(\x0b\x32\x11.meteora.v1.TextsH\x00\x12\x31\n\rtoken_prompts\x18\t \x01(\x0b\x32\x18.meteora.v1.TokenPromptsH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.meteora.v1.Sampling\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12$\n\x07routing\x18\x07 \x01(\x0b\x32\x13.meteora.v1.Routing\x12\x0e\n\x01n\x18\n \x01(\x05H\x02\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\x05H\x03\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x0c \x01(\x0b\x32\x1a.meteora.v1.ResponseFormat\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\x04\n\x02_nB\x0f\n\r_top_logprobs\"\x16\n\x05Texts\x12\r\n\x05texts\x18\x01 \x03(\t\"5\n\x0cTokenPrompts\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.meteora.v1.TokenIds\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"F\n\x0eResponseFormat\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x42\x06\n\x04type\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.meteora.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb7\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x37\n\nlogit_bias\x18\t \x03(\x0b\x32#.meteora.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penalty\"\xe5\x01\n\x07Routing\x12\x12\n\x05top_k\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05trace\x18\x03 \x01(\x08\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.meteora.v1.Mode\x12)\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x18.meteora.v1.ChosenExpert\x12\"\n\x04vote\x18\x06 \x01(\x0e\x32\x14.meteora.v1.VoteRule\x12\x14\n\x0ctrace_layers\x18\x07 \x01(\x08\x42\x08\n\x06_top_kB\x0e\n\x0c_temperature\"<\n\x0c\x43hosenExpert\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"l\n\x0cRoutingTrace\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\t\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.meteora.v1.TokenRouting\x12\x12\n\ndominating\x18\x03 \x01(\t\x12\r\n\x05votes\x18\x04 \x03(\x05\"f\n\x0cTokenRouting\x12\r\n\x05token\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\x05\x12\x0e\n\x06shares\x18\x03 \x03(\x02\x12\x15\n\rlayer_experts\x18\x04 \x03(\x11\x12\x14\n\x0clayer_shares\x18\x05 \x03(\x02\"]\n\rTokenLogprobs\x12&\n\x05token\x18\x01 \x01(\x0b\x32\x17.meteora.v1.ScoredToken\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.meteora.v1.ScoredToken\"E\n\x0bScoredToken\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0b\n\x03raw\x18\x03 \x01(\x0c\x12\x0f\n\x07logprob\x18\x04 \x01(\x01\"\xae\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.meteora.v1.FinishReason\x12)\n\x07routing\x18\x04 \x01(\x0b\x32\x18.meteora.v1.RoutingTrace\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.meteora.v1.TokenLogprobs\"t\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x12.meteora.v1.Choice\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.meteora.v1.Usage\"y\n\x16GenerateStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x12.meteora.v1.Choice\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.meteora.v1.Usage\"\x14\n\x12ListExpertsRequest\"\x82\x01\n\x13ListExpertsResponse\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12#\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x12.meteora.v1.Expert\x12\x15\n\rdefault_top_k\x18\x03 \x01(\x05\x12\x1b\n\x13\x64\x65\x66\x61ult_temperature\x18\x04 \x01(\x01\"C\n\x06\x45xpert\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\r\n\x05\x61lpha\x18\x03 \x01(\x01\x12\x0e\n\x06rslora\x18\x04 \x01(\x08*r\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x16\n\x12MODE_AUTO_SEQUENCE\x10\x02\x12\x0e\n\nMODE_NAMED\x10\x03\x12\x0e\n\nMODE_BLEND\x10\x04\x12\r\n\tMODE_BASE\x10\x05*Q\n\x08VoteRule\x12\x19\n\x15VOTE_RULE_UNSPECIFIED\x10\x00\x12\x16\n\x12VOTE_RULE_MAJORITY\x10\x01\x12\x12\n\x0eVOTE_RULE_LAST\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf7\x01\n\tInference\x12\x45\n\x08Generate\x12\x1b.meteora.v1.GenerateRequest\x1a\x1c.meteora.v1.GenerateResponse\x12S\n\x0eGenerateStream\x12\x1b.meteora.v1.GenerateRequest\x1a\".meteora.v1.GenerateStreamResponse0\x01\x12N\n\x0bListExperts\x12\x1e.meteora.v1.ListExpertsRequest\x1a\x1f.meteora.v1.ListExpertsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_MODE']._serialized_start=2519
-  _globals['_MODE']._serialized_end=2633
-  _globals['_VOTERULE']._serialized_start=2635
-  _globals['_VOTERULE']._serialized_end=2716
-  _globals['_FINISHREASON']._serialized_start=2718
-  _globals['_FINISHREASON']._serialized_end=2813
+  _globals['_MODE']._serialized_start=2586
+  _globals['_MODE']._serialized_end=2700
+  _globals['_VOTERULE']._serialized_start=2702
+  _globals['_VOTERULE']._serialized_end=2783
+  _globals['_FINISHREASON']._serialized_start=2785
+  _globals['_FINISHREASON']._serialized_end=2880
   _globals['_GENERATEREQUEST']._serialized_start=43
   _globals['_GENERATEREQUEST']._serialized_end=494
   _globals['_TEXTS']._serialized_start=496
@@ -59,31 +59,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1040
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1088
   _globals['_ROUTING']._serialized_start=1212
-  _globals['_ROUTING']._serialized_end=1419
-  _globals['_CHOSENEXPERT']._serialized_start=1421
-  _globals['_CHOSENEXPERT']._serialized_end=1481
-  _globals['_USAGE']._serialized_start=1483
-  _globals['_USAGE']._serialized_end=1540
-  _globals['_ROUTINGTRACE']._serialized_start=1542
-  _globals['_ROUTINGTRACE']._serialized_end=1650
-  _globals['_TOKENROUTING']._serialized_start=1652
-  _globals['_TOKENROUTING']._serialized_end=1709
-  _globals['_TOKENLOGPROBS']._serialized_start=1711
-  _globals['_TOKENLOGPROBS']._serialized_end=1804
-  _globals['_SCOREDTOKEN']._serialized_start=1806
-  _globals['_SCOREDTOKEN']._serialized_end=1875
-  _globals['_CHOICE']._serialized_start=1878
-  _globals['_CHOICE']._serialized_end=2052
-  _globals['_GENERATERESPONSE']._serialized_start=2054
-  _globals['_GENERATERESPONSE']._serialized_end=2170
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2172
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2293
-  _globals['_LISTEXPERTSREQUEST']._serialized_start=2295
-  _globals['_LISTEXPERTSREQUEST']._serialized_end=2315
-  _globals['_LISTEXPERTSRESPONSE']._serialized_start=2318
-  _globals['_LISTEXPERTSRESPONSE']._serialized_end=2448
-  _globals['_EXPERT']._serialized_start=2450
-  _globals['_EXPERT']._serialized_end=2517
-  _globals['_INFERENCE']._serialized_start=2816
-  _globals['_INFERENCE']._serialized_end=3063
+  _globals['_ROUTING']._serialized_end=1441
+  _globals['_CHOSENEXPERT']._serialized_start=1443
+  _globals['_CHOSENEXPERT']._serialized_end=1503
+  _globals['_USAGE']._serialized_start=1505
+  _globals['_USAGE']._serialized_end=1562
+  _globals['_ROUTINGTRACE']._serialized_start=1564
+  _globals['_ROUTINGTRACE']._serialized_end=1672
+  _globals['_TOKENROUTING']._serialized_start=1674
+  _globals['_TOKENROUTING']._serialized_end=1776
+  _globals['_TOKENLOGPROBS']._serialized_start=1778
+  _globals['_TOKENLOGPROBS']._serialized_end=1871
+  _globals['_SCOREDTOKEN']._serialized_start=1873
+  _globals['_SCOREDTOKEN']._serialized_end=1942
+  _globals['_CHOICE']._serialized_start=1945
+  _globals['_CHOICE']._serialized_end=2119
+  _globals['_GENERATERESPONSE']._serialized_start=2121
+  _globals['_GENERATERESPONSE']._serialized_end=2237
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2239
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2360
+  _globals['_LISTEXPERTSREQUEST']._serialized_start=2362
+  _globals['_LISTEXPERTSREQUEST']._serialized_end=2382
+  _globals['_LISTEXPERTSRESPONSE']._serialized_start=2385
+  _globals['_LISTEXPERTSRESPONSE']._serialized_end=2515
+  _globals['_EXPERT']._serialized_start=2517
+  _globals['_EXPERT']._serialized_end=2584
+  _globals['_INFERENCE']._serialized_start=2883
+  _globals['_INFERENCE']._serialized_end=3130
 # @@protoc_insertion_point(module_scope)

@@ -141,20 +141,22 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("top_k", "temperature", "trace", "mode", "experts", "vote")
+    __slots__ = ("top_k", "temperature", "trace", "mode", "experts", "vote", "trace_layers")
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     VOTE_FIELD_NUMBER: _ClassVar[int]
+    TRACE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     top_k: int
     temperature: float
     trace: bool
     mode: Mode
     experts: _containers.RepeatedCompositeFieldContainer[ChosenExpert]
     vote: VoteRule
-    def __init__(self, top_k: _Optional[int] = ..., temperature: _Optional[float] = ..., trace: _Optional[bool] = ..., mode: _Optional[_Union[Mode, str]] = ..., experts: _Optional[_Iterable[_Union[ChosenExpert, _Mapping]]] = ..., vote: _Optional[_Union[VoteRule, str]] = ...) -> None: ...
+    trace_layers: bool
+    def __init__(self, top_k: _Optional[int] = ..., temperature: _Optional[float] = ..., trace: _Optional[bool] = ..., mode: _Optional[_Union[Mode, str]] = ..., experts: _Optional[_Iterable[_Union[ChosenExpert, _Mapping]]] = ..., vote: _Optional[_Union[VoteRule, str]] = ..., trace_layers: _Optional[bool] = ...) -> None: ...
 
 class ChosenExpert(_message.Message):
     __slots__ = ("name", "weight")
@@ -185,14 +187,18 @@ class RoutingTrace(_message.Message):
     def __init__(self, experts: _Optional[_Iterable[str]] = ..., tokens: _Optional[_Iterable[_Union[TokenRouting, _Mapping]]] = ..., dominating: _Optional[str] = ..., votes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenRouting(_message.Message):
-    __slots__ = ("token", "id", "shares")
+    __slots__ = ("token", "id", "shares", "layer_experts", "layer_shares")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_SHARES_FIELD_NUMBER: _ClassVar[int]
     token: str
     id: int
     shares: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, token: _Optional[str] = ..., id: _Optional[int] = ..., shares: _Optional[_Iterable[float]] = ...) -> None: ...
+    layer_experts: _containers.RepeatedScalarFieldContainer[int]
+    layer_shares: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token: _Optional[str] = ..., id: _Optional[int] = ..., shares: _Optional[_Iterable[float]] = ..., layer_experts: _Optional[_Iterable[int]] = ..., layer_shares: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("token", "top")

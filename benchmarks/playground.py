@@ -1,0 +1,192 @@
+"""Measures the playground in a headless Chromium, before a whole service with the demo bank; prints JSON.
+
+From the checkout: ``.venv/bin/python -m benchmarks.playground [--screenshot docs/images/playground.png]``.
+
+- First token: from the moment a rank's engine has produced it (its process's clock) to the task after the frame that
+  shows it (the page's clock; one machine, so one clock). In between: Ray, the replica, Serve's proxy, the browser.
+- Frames: a stream of a minute. Gaps between animation frames as the page sees them, tasks over 50 ms, and what the
+  browser's own trace says of its frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from meteora_dist.engine.request import GenerationRequest, TokenEvent
+from meteora_dist.model.demo_model import demo_model_dir
+from meteora_dist.serving.config import ServiceConfig
+from meteora_dist.serving.local import running_service
+from meteora_dist.serving.ranks import RankActor
+from meteora_dist.serving.server import Server
+from tests.support.browser import Browser, Page, browser
+
+BANK = Path("examples/bank")
+HTTP, GRPC = 8123, 9123
+FRAME_MS = 1000 / 60
+CATEGORIES = "cc,benchmark,disabled-by-default-devtools.timeline.frame,devtools.timeline.frame"
+STATE = "document.querySelector('.pane').dataset.state"
+OVER = f"['complete', 'cut', 'failed', 'stopped'].includes({STATE})"
+WATCH = """(() => {
+  const seen = window.seen = { gaps: [], long: [] };
+  new PerformanceObserver(list => seen.long.push(...list.getEntries().map(entry => entry.duration)))
+    .observe({ type: 'longtask' });
+  let before = 0;
+  const frame = now => {
+    if (before) seen.gaps.push(now - before);
+    before = now;
+    if (!window.over) requestAnimationFrame(frame);
+  };
+  requestAnimationFrame(frame);
+})()"""
+
+
+class TimedRank(RankActor):
+    """Writes down when its engine has produced the first token of each request."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """As of any rank."""
+        first = True
+        tokens = cast(AsyncGenerator[TokenEvent, None], super().generate(request))
+        async with aclosing(tokens) as events:
+            async for event in events:
+                if first:
+                    Path("/tmp/meteora-first-token").write_text(repr(time.time()))
+                    first = False
+                yield event
+
+
+class TimedServer(Server):
+    """A replica of such ranks."""
+
+    member = TimedRank
+
+
+def first_tokens(page: Page, url: str, times: int) -> list[float]:
+    """Milliseconds from the engine to the screen."""
+    delays = []
+    for number in range(times):
+        page.go(url)
+        page.wait("document.querySelector('#status').dataset.state === 'ready'")
+        page.type("#prompt", f"Question {number}: could a blue whale fit into a school bus?")
+        page.type("#max-tokens", "8")
+        page.click("#run")
+        page.wait(OVER)
+        seen = page.wait("performance.getEntriesByName('first-token').length && performance.timeOrigin + "
+                         "performance.getEntriesByName('first-token')[0].startTime + "
+                         "performance.getEntriesByName('first-token')[0].duration")  # fmt: skip
+        delays.append(seen - 1000 * float(Path("/tmp/meteora-first-token").read_text()))
+    return delays
+
+
+def frames(chromium: Browser, page: Page, url: str, seconds: float) -> dict[str, Any]:
+    """A stream of ``seconds``, both panes closed to one; what the page and the browser's trace say of it."""
+    page.go(url)
+    page.wait("document.querySelector('#status').dataset.state === 'ready'")
+    page.type("#prompt", "Tell me a very long story.")
+    page.type("#max-tokens", "4000")
+    page.type("#temperature", "1")
+    page.click("#ignore-eos")
+    page.click("#run")
+    page.wait(f"{STATE} === 'streaming' || {OVER}")
+    assert page.eval(STATE) == "streaming", page.text(".pane .alert")
+    chromium.call("Tracing.start", categories=CATEGORIES, transferMode="ReportEvents")
+    time.sleep(1)
+    page.eval(WATCH)
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        time.sleep(1)
+        assert page.eval(STATE) == "streaming"
+    seen = page.eval("(window.over = true, window.seen)")
+    chromium.call("Tracing.end")
+    while "Tracing.tracingComplete" not in chromium.events:
+        page.eval("1")
+    tokens = int(page.text(".stats .count"))
+    page.click("#stop")
+    gaps = sorted(seen["gaps"])
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "frames": len(gaps),
+        "gap_ms": {"median": statistics.median(gaps), "p99": gaps[int(0.99 * len(gaps))], "max": gaps[-1]},
+        "gaps_over_2_frames": sum(gap > 2 * FRAME_MS for gap in gaps),
+        "tasks_over_50_ms": len(seen["long"]),
+        "trace": traced_frames(chromium),
+    }
+
+
+def traced_frames(chromium: Browser) -> dict[str, int]:
+    """How the compositor's frames ended, by its own reports."""
+    states: Counter[str] = Counter()
+    for part in chromium.events.get("Tracing.dataCollected", []):
+        for event in part["value"]:
+            report = event.get("args", {}).get("chrome_frame_reporter")
+            if report is not None:
+                dropped = report["state"] == "STATE_DROPPED" and report.get("affects_smoothness")
+                states["dropped and to be seen" if dropped else report["state"]] += 1
+            elif event["name"] == "DroppedFrame":
+                states["DroppedFrame"] += 1
+    return dict(states)
+
+
+def screenshot(page: Page, url: str, path: Path) -> None:
+    """The page with an answer of several experts."""
+    page.go(url)
+    page.wait("document.querySelectorAll('.chip-button').length")
+    page.resize(1280, 980)
+    page.click(".chip-button")
+    page.click("#run")
+    page.wait(OVER)
+    page.hover(".t[data-n='11']")
+    page.screenshot(path)
+
+
+def machine() -> str:
+    """The processor, and how many of its cores there are."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return f"{next(line.split(': ')[1] for line in lines if line.startswith('model name'))}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of the stream")
+    parser.add_argument("--times", type=int, default=20, help="how many first tokens")
+    parser.add_argument("--screenshot", type=Path, help="where to put a picture of the page")
+    options = parser.parse_args()
+    config = ServiceConfig(model=demo_model_dir(), bank=BANK, access="open", max_model_len=4096)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = {"commit": commit.stdout.strip(), "machine": machine()}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_service(config, HTTP, GRPC, server=TimedServer) as endpoints,
+        browser(Path(folder)) as chromium,
+    ):
+        url = f"{endpoints.http}/"
+        page = chromium.open(url)
+        delays = first_tokens(page, url, options.times)
+        found["first_token_ms"] = {"median": statistics.median(delays), "max": max(delays), "all": delays}
+        if options.seconds:
+            found["stream"] = frames(chromium, page, url, options.seconds)
+        if options.screenshot:
+            screenshot(page, url, options.screenshot)
+        found["console"] = page.complaints
+        strangers = [request for request in page.requests if not request.startswith(url)]
+        found["requests"] = {"all": len(page.requests), "to other hosts": strangers}
+    print(json.dumps(found, indent=1, default=partial(round, ndigits=1)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
