@@ -43,6 +43,19 @@ COMMANDS = (
     Command(("check",), "meteora_dist.cli.check", "command", "Check a serve_config.yaml or a RayService strictly."),
     Command(("train", "gates"), "meteora_dist.cli.train", "gates", "Train the gates of a bank from data sets."),
     Command(("train", "moa"), "meteora_dist.cli.train_moa", "command", "Train layer routers and LoRAs jointly (MoA)."),
+    Command(("bank", "build"), "meteora_dist.cli.bank.make", "build", "Build a bank of PEFT adapters, untrained."),
+    Command(("bank", "inspect"), "meteora_dist.cli.bank.look", "inspect", "Show what a bank holds."),
+    Command(("bank", "validate"), "meteora_dist.cli.bank.look", "validate", "Check every header and digest."),
+    Command(("bank", "add"), "meteora_dist.cli.bank.change", "add", "Write a bank with more experts, or newer ones."),
+    Command(("bank", "remove"), "meteora_dist.cli.bank.change", "remove", "Write a bank with fewer experts."),
+    Command(("bank", "diff"), "meteora_dist.cli.bank.look", "diff", "Show how two banks differ."),
+    Command(("bank", "pull"), "meteora_dist.cli.bank.fetch", "pull", "Fetch a bank from a hub, a store or a folder."),
+    Command(
+        ("bank", "import-reference"),
+        "meteora_dist.cli.bank.make",
+        "import_reference",
+        "Make a bank of a checkpoint of MeteoRA's authors.",
+    ),
     Command(("keys", "new"), "meteora_dist.cli.keys", "new", "Make an API key and its entry for the keys file."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
     Command(("eval",), "meteora_dist.cli.eval", "command", "Score a bank against adapters, merges and other routers."),
@@ -63,6 +76,7 @@ COMMANDS = (
 )
 
 GROUPS = {
+    "bank": "Make, look at, change and fetch banks of experts.",
     "bench": "Measure how fast it is, how much it holds and what it survives.",
     "keys": "API keys of the service's callers.",
     "train": "Make banks from adapters and data sets.",
@@ -78,7 +92,9 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
         commands: The commands there are.
     """
     words = tuple(argument for argument in arguments if not argument.startswith("-"))
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
     app.callback()(_options)
     groups: dict[str, typer.Typer] = {}
     for command in commands:
