@@ -41,6 +41,7 @@ COMMANDS = (
     Command(("demo",), "meteora_dist.cli.demo", "command", "Serve the demo bank from two ranks and question it."),
     Command(("serve",), "meteora_dist.cli.serve", "command", "Serve a bank over HTTP and gRPC, and stay up."),
     Command(("chat",), "meteora_dist.cli.chat.command", "chat", "Talk with a service; colours show the experts."),
+    Command(("trace",), "meteora_dist.cli.trace.command", "trace", "Draw which experts wrote an answer."),
     Command(("doctor",), "meteora_dist.cli.doctor.command", "doctor", "Check this installation; say how to repair it."),
     Command(("check",), "meteora_dist.cli.check", "command", "Check a serve_config.yaml or a RayService strictly."),
     Command(("train", "gates"), "meteora_dist.cli.train", "gates", "Train the gates of a bank from data sets."),

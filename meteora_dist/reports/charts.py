@@ -11,7 +11,7 @@ from meteora_dist.reports.palette import colour_of
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 560, 240, 60, 30, 40
 _TICKS = 5
 _BAR, _BAR_LEFT, _BAR_RIGHT = 22, 330, 110
-_CELL_WIDTH, _CELL_HEIGHT, _MAP_LEFT = 16, 12, 250
+_CELL_WIDTH, _CELL_HEIGHT = 16, 13
 _LETTER = 7
 
 
@@ -96,22 +96,22 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
 
 def cells(row_names: Sequence[str], column_names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """A map of coloured cells, a named row below the other, the columns' names above them, turned."""
-    head = _LETTER * max((len(name) for name in column_names), default=0) + 12
+    head, left = (_LETTER * max(map(len, names), default=0) + 12 for names in (column_names, row_names))
     parts = []
     for column, name in enumerate(column_names):
-        at = _MAP_LEFT + column * _CELL_WIDTH + _CELL_WIDTH / 2 + 4
+        at = left + column * _CELL_WIDTH + _CELL_WIDTH / 2 + 4
         parts.append(f'<text transform="translate({at},{head - 4}) rotate(-90)">{escape(name)}</text>')
     for number, (name, row) in enumerate(zip(row_names, rows, strict=True)):
         top = head + number * _CELL_HEIGHT
-        parts.append(f'<text x="{_MAP_LEFT - 6}" y="{top + _CELL_HEIGHT - 2}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{top + _CELL_HEIGHT - 2}" text-anchor="end">{escape(name)}</text>')
         parts += [
-            f'<rect x="{_MAP_LEFT + column * _CELL_WIDTH}" y="{top}" width="{_CELL_WIDTH - 1}" '
+            f'<rect x="{left + column * _CELL_WIDTH}" y="{top}" width="{_CELL_WIDTH - 1}" '
             f'height="{_CELL_HEIGHT - 1}" fill="{cell.colour}" fill-opacity="{cell.strength:.2f}">'
             f"<title>{escape(cell.said)}</title></rect>"
             for column, cell in enumerate(row)
             if cell.colour
         ]
-    return _svg(_MAP_LEFT + len(column_names) * _CELL_WIDTH + 10, head + len(rows) * _CELL_HEIGHT + 6, parts)
+    return _svg(left + len(column_names) * _CELL_WIDTH + 10, head + len(rows) * _CELL_HEIGHT + 6, parts)
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:

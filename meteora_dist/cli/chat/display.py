@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from meteora_dist.client import Piece, TokenRouting
+from meteora_dist.client import Piece
 from meteora_dist.reports.palette import colour_of
 
 
@@ -37,7 +37,7 @@ class AnswerDisplay:
         self._experts = routing.experts
         line = Text()
         for token in routing.tokens:
-            expert = dominating(token)
+            expert = token.dominating
             self._tokens[-1 if expert is None else expert] += 1
             weights = self._weights or [0.0] * len(token.shares)
             self._weights = [weight + share for weight, share in zip(weights, token.shares, strict=True)]
@@ -62,10 +62,3 @@ class AnswerDisplay:
             legend.append("■ ", style=colour_of(number))
             legend.append(f"{self._experts[number]}: {count} tokens, {share:.0%} of the weight  ", style="dim")
         self._console.print(legend, soft_wrap=True)
-
-
-def dominating(token: TokenRouting) -> int | None:
-    """The expert with the largest share of a token; None when none acted."""
-    if not any(token.shares):
-        return None
-    return max(range(len(token.shares)), key=lambda number: token.shares[number])
