@@ -61,6 +61,8 @@ COMMANDS = (
     ),
     Command(("keys", "new"), "meteora_dist.cli.keys", "new", "Make an API key and its entry for the keys file."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
+    Command(("report", "routing"), "meteora_dist.cli.report.routing", "routing", "Draw how a bank routes data sets."),
+    Command(("report", "bench"), "meteora_dist.cli.report.bench", "bench", "Draw what `meteora bench --json` wrote."),
     Command(("eval",), "meteora_dist.cli.eval", "command", "Score a bank against adapters, merges and other routers."),
     Command(("bench", "decode"), "meteora_dist.cli.bench_speed", "decode", "Measure tokens per second of decoding."),
     Command(("bench", "prefill"), "meteora_dist.cli.bench_speed", "prefill", "Measure how long prompts take."),
@@ -82,6 +84,7 @@ GROUPS = {
     "bank": "Make, look at, change and fetch banks of experts.",
     "bench": "Measure how fast it is, how much it holds and what it survives.",
     "keys": "API keys of the service's callers.",
+    "report": "Single HTML pages: how a bank routes, what was measured.",
     "train": "Make banks from adapters and data sets.",
 }
 

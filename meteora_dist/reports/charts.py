@@ -58,7 +58,7 @@ def lines(title: str, x_name: str, y_name: str, curves: Sequence[Curve]) -> str:
     def down(y: float) -> str:
         return f"{floor - y / most_y * (floor - _TOP):.1f}"
 
-    parts = [f'<text x="{_LEFT}" y="16" font-weight="bold">{escape(title)}</text>']
+    parts = [f'<text x="{_LEFT}" y="16" class="title">{escape(title)}</text>']
     for tick in range(_TICKS + 1):
         x, y = most_x * tick / _TICKS, most_y * tick / _TICKS
         parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{down(y)}" y2="{down(y)}" class="axis"/>')
@@ -78,7 +78,7 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
     """Lying bars from zero with the range of each, and its number at the end."""
     most = max((bar.high for bar in rows), default=0.0) or 1.0
     span = _WIDTH - 60
-    parts = [f'<text x="0" y="16" font-weight="bold">{escape(title)}</text>']
+    parts = [f'<text x="0" y="16" class="title">{escape(title)}</text>']
     for number, bar in enumerate(rows):
         top = _TOP + number * _BAR
         value, low, high = (_BAR_LEFT + part / most * span for part in (bar.value, bar.low, bar.high))
@@ -87,9 +87,12 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
             f'<text x="{_BAR_LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(bar.name)}</text>',
             f'<rect x="{_BAR_LEFT}" y="{top}" width="{max(value - _BAR_LEFT, 0):.1f}" height="{_BAR - 5}" '
             f'fill="{colour_of(1)}"/>',
-            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" stroke="{colour_of(3)}" '
-            'stroke-width="3"/>',
-            f'<text x="{after:.1f}" y="{middle + 4}">{bar.value:.4g}</text>',
+            *(
+                [f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" stroke="{colour_of(3)}"/>']
+                if high > low
+                else []
+            ),
+            f'<text x="{after:.1f}" y="{middle + 4}">{_number(bar.value)}</text>',
         ]
     return _svg(_BAR_LEFT + span + _BAR_RIGHT, _TOP + len(rows) * _BAR + 10, parts)
 
@@ -112,6 +115,10 @@ def cells(row_names: Sequence[str], column_names: Sequence[str], rows: Sequence[
             if cell.colour
         ]
     return _svg(left + len(column_names) * _CELL_WIDTH + 10, head + len(rows) * _CELL_HEIGHT + 6, parts)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } .note {
 table { border-collapse: collapse } td, th { padding: .25rem .7rem; border-bottom: 1px solid var(--line);
   text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left }
 .wide { overflow-x: auto } svg { max-width: none; margin: .6rem 1rem 0 0 } svg text { font: 12px system-ui, sans-serif;
-  fill: var(--ink) } .axis { stroke: var(--line) }
+  fill: var(--ink) } svg .title { font-weight: 600 } .axis { stroke: var(--line) }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 6px;
   padding: .8rem 1rem; line-height: 1.9 }
 .token { border-bottom: 3px solid; padding-bottom: 1px } .key { display: inline-block; margin-right: 1.2rem }
