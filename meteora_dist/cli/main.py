@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,9 +99,7 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
         commands: The commands there are.
     """
     words = tuple(argument for argument in arguments if not argument.startswith("-"))
-    app = typer.Typer(
-        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-    )
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.callback()(_options)
     groups: dict[str, typer.Typer] = {}
     for command in commands:
@@ -120,10 +119,16 @@ def main() -> None:
     """Runs the command line; one of our own errors becomes one line on stderr and exit code 1."""
     arguments = sys.argv[1:]
     try:
-        build_app(arguments)(arguments)
+        build_app(_completing() or arguments)(arguments)
     except MeteoraError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
+
+
+def _completing() -> list[str]:
+    """The words so far of the command line that a shell wants completed; none when this is no such call."""
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    return typed.split()[1:] if "_METEORA_COMPLETE" in os.environ else []
 
 
 def _options(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import typer
@@ -30,3 +31,13 @@ def named_paths(texts: list[str], option: str) -> dict[str, Path]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise typer.BadParameter(f"{twice[0]} is given more than once", param_hint=option)
     return dict(pairs)
+
+
+def complete_expert(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of the bank's experts that the shell may put there; none where there is no bank to read."""
+    try:
+        manifest = json.loads((Path(ctx.params["bank"]) / "bank.json").read_text())
+        names = [str(expert["name"]) for expert in manifest["experts"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if name.startswith(incomplete)]

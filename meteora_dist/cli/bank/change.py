@@ -10,7 +10,7 @@ from rich.console import Console
 
 from meteora_dist.bank import Bank, BankEdit, NewExpert, edit_bank
 from meteora_dist.cli.bank.make import say
-from meteora_dist.cli.options import named_paths
+from meteora_dist.cli.options import complete_expert, named_paths
 
 Old = Annotated[Path, typer.Argument(help="Folder of the bank as it is; it stays.")]
 Out = Annotated[Path, typer.Option(help="The next generation; nothing may be there yet.")]
@@ -42,7 +42,7 @@ def add(
 
 def remove(
     bank: Old,
-    expert: Annotated[list[str], typer.Argument(help="Names of the experts that go.")],
+    expert: Annotated[list[str], typer.Argument(help="Names of the experts that go.", autocompletion=complete_expert)],
     out: Out,
 ) -> None:
     """Write a bank with fewer experts.

@@ -60,9 +60,9 @@ class Session:
     def _ask(self, question: str) -> None:
         messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
         display = AnswerDisplay(self.console)
-        routing = Routing(top_k=self.top_k, trace=True)
+        options: Options = {**self.options, "routing": Routing(top_k=self.top_k, trace=True)}
         try:
-            for piece in self.client.stream(messages, routing=routing, **self.options):
+            for piece in self.client.stream(messages, **options):
                 display.show(piece)
         except KeyboardInterrupt:
             self.console.print(" [stopped]", style="dim", markup=False, end="")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from meteora_dist.cli.service_options import URL, ApiKey, Experts, MaxTokens, Model, Seed, Temperature, Url
 from meteora_dist.cli.trace.page import trace_page
-from meteora_dist.client import Client, Options, Routing, RoutingTrace
+from meteora_dist.client import Client, Message, Options, Routing, RoutingTrace
 from meteora_dist.errors import InvalidRequest, MeteoraError
 
 
@@ -40,12 +40,13 @@ def trace(
     if png is not None and find_spec("matplotlib") is None:
         raise InvalidRequest("--png needs matplotlib; pip install 'meteora-dist[eval]' brings it")
     question = sys.stdin.read() if prompt == "-" else prompt
-    options = Options(model=model, max_tokens=max_tokens, temperature=temperature)
+    routing = Routing(top_k=top_k, trace="layers")
+    options = Options(model=model, max_tokens=max_tokens, temperature=temperature, routing=routing)
     if seed is not None:
         options["seed"] = seed
     with Console(stderr=True).status(f"asking {url}"), Client(url, api_key=api_key) as client:
-        routing = Routing(top_k=top_k, trace="layers")
-        reply = client.generate([{"role": "user", "content": question}], routing=routing, **options)
+        messages: list[Message] = [{"role": "user", "content": question}]
+        reply = client.generate(messages, **options)
     found = reply.answers[0].routing
     if found is None:
         raise InvalidRequest(f"{url} sent no routing trace")
