@@ -5,6 +5,7 @@ Shapes: E experts, H input features, O output features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -62,15 +63,7 @@ class Bank:
             raise BankError(path, "there is no such folder")
         manifest = read_manifest(path / MANIFEST_FILE)
         experts = _open_experts(path, manifest, hashing)
-        gates = path / GATES_FILE
-        header = read_header(gates, BankError)
-        digests = {expert.name: expert.digest for expert in manifest.experts}
-        check_rows(gates, header, digests, [entry.name for entry in manifest.experts if entry.gate == "prototype"])
-        check_dtypes(gates, header)
-        check_shapes(gates, {name: info.shape for name, info in header.tensors.items()}, experts)
-        digest = sha256_file(gates, BankError)
-        if digest != manifest.gate_digest:
-            raise BankError(gates, f"its sha256 is {digest}; bank.json gives gate_digest {manifest.gate_digest}")
+        header = open_gates(path, manifest, experts)
         routers = open_routers(path, manifest)
         return cls(path, manifest, tuple(experts.values()), model_order(header.tensors), header, routers)
 
@@ -184,27 +177,54 @@ def describe(name: str, adapter: Adapter, gate: GateOrigin = "trained", router: 
     )
 
 
+def open_gates(path: Path, manifest: BankManifest, experts: Mapping[str, Adapter]) -> Header:
+    """Checks the gates of a bank against bank.json and the experts' adapters, in order; returns their header.
+
+    Raises:
+        BankError: The file is damaged, or does not belong to these experts.
+    """
+    gates = path / GATES_FILE
+    header = read_header(gates, BankError)
+    digests = {entry.name: entry.digest for entry in manifest.experts}
+    check_rows(gates, header, digests, [entry.name for entry in manifest.experts if entry.gate == "prototype"])
+    check_dtypes(gates, header)
+    check_shapes(gates, {name: info.shape for name, info in header.tensors.items()}, experts)
+    digest = sha256_file(gates, BankError)
+    if digest != manifest.gate_digest:
+        raise BankError(gates, f"its sha256 is {digest}; bank.json gives gate_digest {manifest.gate_digest}")
+    return header
+
+
+def open_expert(
+    path: Path, manifest: BankManifest, entry: ExpertEntry, reader: AdapterReader, hashing: bool = True
+) -> Adapter:
+    """Checks the adapter of one expert against its entry of bank.json; arguments as for ``Bank.open``.
+
+    Raises:
+        BankError: It is not the adapter that bank.json lists.
+        AdapterError: It is damaged or asks for something unsupported.
+    """
+    folder = path / EXPERTS_FOLDER / entry.name
+    adapter = reader.read(folder, None if hashing else entry.digest)
+    if adapter.digest != entry.digest:
+        owner = next((other.name for other in manifest.experts if other.digest == adapter.digest), None)
+        whose = f" (it is the adapter bank.json lists as {owner})" if owner else ""
+        raise BankError(
+            folder, f"the adapter's digest is {adapter.digest}{whose}; bank.json gives {entry.name} {entry.digest}"
+        )
+    found = describe(entry.name, adapter, entry.gate, entry.router)
+    if found != entry:
+        differing = [field for field in ExpertEntry.model_fields if getattr(found, field) != getattr(entry, field)]
+        raise BankError(
+            path / MANIFEST_FILE,
+            f"gives expert {entry.name} "
+            + ", ".join(
+                f"{field} {getattr(entry, field)}; its adapter has {getattr(found, field)}" for field in differing
+            ),
+        )
+    return adapter
+
+
 def _open_experts(path: Path, manifest: BankManifest, hashing: bool) -> dict[str, Adapter]:
-    experts: dict[str, Adapter] = {}
     reader = AdapterReader()
-    owners = {entry.digest: entry.name for entry in manifest.experts}
-    for entry in manifest.experts:
-        folder = path / EXPERTS_FOLDER / entry.name
-        experts[entry.name] = adapter = reader.read(folder, None if hashing else entry.digest)
-        if adapter.digest != entry.digest:
-            owner = owners.get(adapter.digest)
-            whose = f" (it is the adapter bank.json lists as {owner})" if owner else ""
-            raise BankError(
-                folder, f"the adapter's digest is {adapter.digest}{whose}; bank.json gives {entry.name} {entry.digest}"
-            )
-        found = describe(entry.name, adapter, entry.gate, entry.router)
-        if found != entry:
-            differing = [field for field in ExpertEntry.model_fields if getattr(found, field) != getattr(entry, field)]
-            raise BankError(
-                path / MANIFEST_FILE,
-                f"gives expert {entry.name} "
-                + ", ".join(
-                    f"{field} {getattr(entry, field)}; its adapter has {getattr(found, field)}" for field in differing
-                ),
-            )
-    return experts
+    return {entry.name: open_expert(path, manifest, entry, reader, hashing) for entry in manifest.experts}

@@ -19,28 +19,11 @@ from meteora_dist.adapters import Adapter, read_adapter
 from meteora_dist.adapters.tensors import read_tensors
 from meteora_dist.bank.bank import Bank, describe
 from meteora_dist.bank.gates import GATES_FILE
+from meteora_dist.bank.joining import NewExpert, given_rows, new_row, widths_of
 from meteora_dist.bank.manifest import ExpertEntry, GateOrigin, check_expert_name
-from meteora_dist.bank.prototype import prototype_row
 from meteora_dist.bank.routers import ROUTER_ROWS_FILE, ROUTERS_FILE, Routers, read_router_rows
-from meteora_dist.bank.rows import ROWS_FILE, read_rows
 from meteora_dist.bank.write import Draft, check_new, place
 from meteora_dist.errors import AdapterError, BankError, ExpertNotFound, InvalidRequest
-
-
-@dataclass(frozen=True, slots=True)
-class NewExpert:
-    """An expert that joins a bank.
-
-    Attributes:
-        adapter: Folder of its adapter, as PEFT wrote it.
-        gate_rows: File of its gate rows, see ``read_rows``. None for ``gate_rows.safetensors`` beside the adapter; if
-            there is no such file, the rows are prototypes made from the adapter.
-
-    Router rows, for a bank with routers, come from ``router_rows.safetensors`` beside the adapter; see ``edit_bank``.
-    """
-
-    adapter: Path
-    gate_rows: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +66,8 @@ def edit_bank(bank: Bank, edit: BankEdit, path: Path) -> Bank:
     read = {name: read_adapter(expert.adapter) for name, expert in joining.items()}
     staying = {name: a for name, a in zip(bank.names, bank.adapters, strict=True) if name not in edit.remove}
     experts = {**staying, **read}
-    widths = _widths(experts)
-    rows = {name: _given_rows(expert, read[name], widths) for name, expert in joining.items()}
+    widths = widths_of(experts)
+    rows = {name: given_rows(expert, read[name], widths) for name, expert in joining.items()}
     prototypes = {entry.name for entry in bank.manifest.experts if entry.gate == "prototype"} - rows.keys()
     prototypes |= {name for name, given in rows.items() if given is None}
     draft = Draft(
@@ -116,7 +99,7 @@ def preview(bank: Bank, name: str, expert: NewExpert) -> tuple[ExpertEntry, Adap
     adapter = read_adapter(expert.adapter)
     others = {other: a for other, a in zip(bank.names, bank.adapters, strict=True) if other != name}
     _check_base(adapter, others)
-    given = _given_rows(expert, adapter, _widths({**others, name: adapter}))
+    given = given_rows(expert, adapter, widths_of({**others, name: adapter}))
     routers = _routers(bank, [*others, name], {name: expert})
     routable = routers is not None and name not in routers.untrained
     gate: GateOrigin = "prototype" if given is None else "trained"
@@ -147,19 +130,6 @@ def _check_names(bank: Bank, edit: BankEdit) -> None:
         raise InvalidRequest(f"the bank has an expert {known[0]!r} already; replace it, or choose another name")
     if len(edit.remove) == len(bank.names) and not edit.add:
         raise InvalidRequest("the edit removes every expert; a bank needs at least one")
-
-
-def _widths(experts: Mapping[str, Adapter]) -> dict[str, int]:
-    """Input features of every linear that at least one expert adapts."""
-    return {linear: shape.in_features for adapter in experts.values() for linear, shape in adapter.shapes.items()}
-
-
-def _given_rows(expert: NewExpert, adapter: Adapter, widths: Mapping[str, int]) -> dict[str, Tensor] | None:
-    """The rows that come with an expert, [H] by linear; None when none do."""
-    path = expert.gate_rows or expert.adapter / ROWS_FILE
-    if expert.gate_rows is None and not path.exists():
-        return None
-    return read_rows(path, adapter, widths)
 
 
 def _routers(bank: Bank, names: Collection[str], joining: Mapping[str, NewExpert]) -> Routers | None:
@@ -205,17 +175,8 @@ def _gates(
     gates = {}
     for linear, width in widths.items():
         beside_EH = before[linear][unchanged] if linear in before else torch.zeros(len(unchanged), width)
-        made = {name: _new_row(linear, experts[name], given, beside_EH, trained_E) for name, given in rows.items()}
+        made = {name: new_row(linear, experts[name], given, beside_EH, trained_E) for name, given in rows.items()}
         gates[linear] = torch.stack(
             [made[name].to(beside_EH.dtype) if name in made else beside_EH[place_of[name]] for name in experts]
         )
     return gates
-
-
-def _new_row(
-    linear: str, adapter: Adapter, given: Mapping[str, Tensor] | None, beside_EH: Tensor, trained_E: Tensor
-) -> Tensor:
-    if given is not None:
-        return given[linear]
-    pair = adapter.load(linear) if linear in adapter.shapes else None
-    return prototype_row(pair, beside_EH, trained_E)

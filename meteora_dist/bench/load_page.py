@@ -6,71 +6,25 @@ The page is a single file of HTML and SVG; it loads nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
-from typing import NamedTuple
 
 from meteora_dist.bench.load import OK, REJECTED, Call
 from meteora_dist.bench.load_report import LoadRow, Percentiles, report
+from meteora_dist.reports.charts import Curve, lines
+from meteora_dist.reports.page import note, table
+from meteora_dist.reports.page import page as whole_page
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 560, 240, 60, 30, 40
-_COLOURS = ("#1b6ca8", "#c8553d", "#3c7a3f")
 _MOST_POINTS = 300
-_TICKS = 5
-_STYLE = (
-    "body{font:14px sans-serif;margin:2em;max-width:1200px}table{border-collapse:collapse}"
-    "td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}svg{margin:1em 1em 0 0}text{font:12px sans-serif}"
-)
-
-
-class Curve(NamedTuple):
-    """A named line through points."""
-
-    name: str
-    points: list[tuple[float, float]]
 
 
 def page(title: str, calls: Sequence[Call]) -> str:
     """The whole page."""
-    charts = [
-        chart("Time to the first token", "ms", "% of answers", [Curve("TTFT", _shares(_ttft(calls)))]),
-        chart("Between tokens", "ms", "% of gaps", [Curve("inter-token", _shares(_gaps(calls)))]),
-        chart("Whole answers and refusals", "ms", "%", _ends(calls)),
-        chart("Second by second", "s", "a second", _over_time(calls)),
-    ]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-        f"<h1>{escape(title)}</h1>{_table(report(calls))}{''.join(charts)}</html>\n"
+    charts = (
+        lines("Time to the first token", "ms", "% of answers", [Curve("TTFT", _shares(_ttft(calls)))]),
+        lines("Between tokens", "ms", "% of gaps", [Curve("inter-token", _shares(_gaps(calls)))]),
+        lines("Whole answers and refusals", "ms", "%", _ends(calls)),
+        lines("Second by second", "s", "a second", _over_time(calls)),
     )
-
-
-def chart(title: str, x_name: str, y_name: str, curves: Sequence[Curve]) -> str:
-    """Lines over a common pair of axes that begin at zero, as SVG."""
-    points = [point for curve in curves for point in curve.points]
-    most_x = max((x for x, _ in points), default=0.0) or 1.0
-    most_y = max((y for _, y in points), default=0.0) or 1.0
-    right, floor = _WIDTH - 10, _HEIGHT - _BOTTOM
-
-    def across(x: float) -> str:
-        return f"{_LEFT + x / most_x * (right - _LEFT):.1f}"
-
-    def down(y: float) -> str:
-        return f"{floor - y / most_y * (floor - _TOP):.1f}"
-
-    parts = [f'<text x="{_LEFT}" y="16" font-weight="bold">{escape(title)}</text>']
-    for tick in range(_TICKS + 1):
-        x, y = most_x * tick / _TICKS, most_y * tick / _TICKS
-        parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{down(y)}" y2="{down(y)}" stroke="#ddd"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{down(y)}" text-anchor="end">{y:.3g}</text>')
-        parts.append(f'<text x="{across(x)}" y="{floor + 16}" text-anchor="middle">{x:.3g}</text>')
-    parts.append(f'<text x="{right}" y="{_HEIGHT - 6}" text-anchor="end">{escape(x_name)}; {escape(y_name)}</text>')
-    for number, curve in enumerate(curves):
-        colour = _COLOURS[number % len(_COLOURS)]
-        line = " ".join(f"{across(x)},{down(y)}" for x, y in curve.points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        at = _LEFT + 170 * number
-        parts.append(f'<text x="{at}" y="{_HEIGHT - 6}" fill="{colour}">{escape(curve.name)}</text>')
-    return f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return whole_page(title, [_table(report(calls)), note("Times are p50 / p90 / p99."), *charts])
 
 
 def _shares(seconds: Sequence[float]) -> list[tuple[float, float]]:
@@ -116,16 +70,14 @@ def _over_time(calls: Sequence[Call]) -> list[Curve]:
 
 def _table(rows: Sequence[LoadRow]) -> str:
     names = ("model", "requests", "whole", "429", "errors", "tokens/s", "TTFT ms", "inter-token ms", "end to end ms")
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    lines = []
-    for row in rows:
-        cells = (
+    lines_of = (
+        (
             *(row.model, row.requests, row.completed, row.rejected, sum(row.errors.values()), row.tokens_per_s),
             *map(shown, (row.ttft_ms, row.inter_token_ms, row.end_to_end_ms)),
         )
-        lines.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
-    note = "Times are p50 / p90 / p99."
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table><p>{note}</p>"
+        for row in rows
+    )
+    return table(names, lines_of)
 
 
 def shown(times: Percentiles) -> str:

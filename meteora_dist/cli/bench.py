@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from meteora_dist.bank import Bank
 from meteora_dist.bench.capacity import CapacityPlan, CapacityRow, LimitRow, measure_capacity, measure_limit
 from meteora_dist.bench.scaling import ScalingPlan, measure_scaling
 from meteora_dist.engine.mesh import Mesh
@@ -34,7 +35,10 @@ def scaling(
     Example: meteora bench scaling --requests 16 --json scaling.json
     """
     transformers_logging.disable_progress_bar()
-    plan = ScalingPlan(model or demo_model_dir(), bank, requests, tokens, repeats)
+    base = model or demo_model_dir()
+    # Ranks are processes of their own, where a mistake would be a traceback.
+    Bank.open(bank, hashing=False).check_base(base)
+    plan = ScalingPlan(base, bank, requests, tokens, repeats)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=plan.rounds)
         rows = measure_scaling(plan, lambda: progress.advance(task))

@@ -19,6 +19,8 @@ def command(
     """Check a Serve configuration strictly: Serve and KubeRay pass over keys they do not know.
 
     Before a deployment: `kubectl kustomize k8s/overlays/gpu | meteora check -`.
+
+    Example: meteora check serve_config.yaml
     """
     found = parse_serve_config(sys.stdin.read(), "stdin") if file == "-" else read_serve_file(Path(file))
     Console(soft_wrap=True, highlight=False).print(_summary(found), markup=False)

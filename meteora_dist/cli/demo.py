@@ -45,6 +45,8 @@ def command(
     """Serve the demo bank from two ranks, question it over HTTP and gRPC, and show which experts answered.
 
     Run it in a checkout of the repository. It starts a Ray of its own and leaves nothing running.
+
+    Example: meteora demo --bank examples/bank
     """
     console = Console(highlight=False)
     if not console.is_terminal:

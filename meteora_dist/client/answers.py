@@ -40,6 +40,13 @@ class TokenRouting:
     layer_experts: tuple[int, ...] = ()
     layer_shares: tuple[float, ...] = ()
 
+    @property
+    def dominating(self) -> int | None:
+        """The place of the expert with the largest share; None when none acted."""
+        if not any(self.shares):
+            return None
+        return max(range(len(self.shares)), key=lambda place: self.shares[place])
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingTrace:

@@ -5,8 +5,8 @@ Shapes: T tokens of the passage, A tokens of the answer, V vocabulary, H feature
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,10 +50,19 @@ def answer_nll(routed: RoutedModel, passage: Passage, choice: RoutingChoice) -> 
     return float(cross_entropy(logits_AV, ids_T[start:], reduction="sum"))
 
 
-@contextmanager
-def watched_gates(routed: RoutedModel) -> Iterator[dict[str, Tensor]]:
+def watched_gates(routed: RoutedModel) -> AbstractContextManager[dict[str, Tensor]]:
     """Inside, every pass leaves the gates' first choice [T] of every linear, by its name, whoever it was routed by."""
-    picks: dict[str, Tensor] = {}
+    return _watched(routed, lambda logits_TNE: logits_TNE.argmax(-1))
+
+
+def watched_logits(routed: RoutedModel) -> AbstractContextManager[dict[str, Tensor]]:
+    """Inside, every pass leaves the gates' logits [T, E] of every linear, as ``watched_gates`` leaves choices."""
+    return _watched(routed, lambda logits_TNE: logits_TNE)
+
+
+@contextmanager
+def _watched(routed: RoutedModel, of: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
+    found: dict[str, Tensor] = {}
     prototype_E = routed.newest.prototype_E
 
     def keep(group: RoutedGroup, _: nn.Module, arguments: tuple[Tensor]) -> None:
@@ -61,11 +70,11 @@ def watched_gates(routed: RoutedModel) -> Iterator[dict[str, Tensor]]:
         logits_TNE = gate_logits(arguments[0], gate_PH, len(group.names))
         if prototype_E is not None:
             logits_TNE = torch.where(prototype_E.to(logits_TNE.device), logits_TNE.abs(), logits_TNE)
-        picks.update(zip(group.names, logits_TNE.argmax(-1).unbind(1), strict=True))
+        found.update(zip(group.names, of(logits_TNE).unbind(1), strict=True))
 
     hooks = [group.register_forward_pre_hook(partial(keep, group)) for group in routed.groups]
     try:
-        yield picks
+        yield found
     finally:
         for hook in hooks:
             hook.remove()

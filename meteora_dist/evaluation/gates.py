@@ -77,10 +77,15 @@ def layer_choices(routed: RoutedModel, ids: tuple[int, ...], choice: RoutingChoi
         answer_nll(routed, Passage(ids[:-1], ids[-1:]), choice)
     layers: dict[int, list[Tensor]] = {}
     for linear, picks_T in picks.items():
-        layer = _LAYER.search(f".{linear}.")
-        layers.setdefault(int(layer[1]) if layer else 0, []).append(picks_T)
+        layers.setdefault(layer_of(linear), []).append(picks_T)
     votes = (torch.stack(found).T for _, found in sorted(layers.items()))
     return [[int(torch.bincount(picks_N).argmax()) for picks_N in votes_TN] for votes_TN in votes]
+
+
+def layer_of(linear: str) -> int:
+    """Number of the decoder layer a linear is in; 0 where its path names none."""
+    layer = _LAYER.search(f".{linear}.")
+    return int(layer[1]) if layer else 0
 
 
 def add_counts(many: Iterable[Counts]) -> Counts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from meteora_dist.errors import EngineUnavailable, InvalidRequest
 from meteora_dist.serving.app import DEPLOYMENT, application
 from meteora_dist.serving.config import ServiceConfig
 from meteora_dist.serving.gate import Gate
+from meteora_dist.serving.ports import is_free
 from meteora_dist.serving.server import Server, open_model
 
 _PROTO = "meteora_dist.serving.proto.meteora.v1"
@@ -94,7 +94,8 @@ def running_service(
         EngineUnavailable: The service did not start; the message says why.
     """
     for port in (http_port, grpc_port):
-        _check_free(port)
+        if not is_free(port):
+            raise InvalidRequest(f"port {port} is taken: choose another one")
     Gate.of(config)
     open_model(config)
     os.environ["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] = str(config.max_body_bytes)
@@ -165,15 +166,6 @@ def _await_health(endpoints: Endpoints) -> None:
                     return
             time.sleep(_POLL_S)
     raise EngineUnavailable(f"{endpoints.http}/healthz was not ready within {_READY_S:.0f} s of the deployment")
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            raise InvalidRequest(f"port {port} is taken: choose another one") from None
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ from meteora_dist.bank import Bank, BankEdit, NewExpert, RoutingDefaults, edit_b
 from meteora_dist.bank.gates import model_order
 from meteora_dist.bank.write import check_new
 from meteora_dist.errors import InvalidRequest, TrainingError
+from meteora_dist.model.fit import check_adapters
 from meteora_dist.training.data import read_texts
 from meteora_dist.training.gate_worker import TRAINED_FILE
 from meteora_dist.training.run_folder import claim
 from meteora_dist.training.settings import GateRun, GateSettings, LoopSettings, Source
-from meteora_dist.training.sources import check_adapters, find_adapters, find_sources
+from meteora_dist.training.sources import find_adapters, find_sources
 
 NULL_EXPERT = "null"
 """The expert that adds nothing, for text that belongs to no other one."""

