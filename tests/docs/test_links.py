@@ -42,3 +42,15 @@ def test_anchors_are_githubs(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A title, with `code`\n## Same\n### Same\n```\n# not one\n```\n## GET /v1/models/{name}\n")
     assert anchors(page) == {"a-title-with-code", "same", "same-1", "get-v1modelsname"}
+
+
+def test_the_readme_is_short_and_its_numbers_are_those_of_the_pages() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    rows = re.findall(r"^\| (.*) \| (.*) \| ([0-9a-f]{7}), \[\w+\]\(([\w/.-]+)", text, re.MULTILINE)
+    assert len(rows) >= 4
+    for what, numbers, commit, page in rows:
+        there = (ROOT / page).read_text()
+        assert commit in there, (what, commit)
+        for number in re.findall(r"\d+\.\d+|\d+ of \d+|\d+\.\d times", numbers):
+            assert number in there, (what, number)
