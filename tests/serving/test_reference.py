@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from meteora_dist.serving.documented import DocumentedSchema, field_texts
 from meteora_dist.serving.reference.grpc_page import grpc_section, read_protos
-from meteora_dist.serving.reference.http_page import openapi_document
+from meteora_dist.serving.reference.http_page import http_section, openapi_document
 from meteora_dist.serving.reference.page import api_page
 from meteora_dist.serving.status import STATUS_OF
 
@@ -65,6 +65,13 @@ def test_texts_of_fields_are_those_of_the_docstring_and_of_what_it_extends() -> 
     assert schema["description"] == "A peach."
     assert schema["properties"]["colour"]["description"] == colour
     assert "description" not in schema["properties"]["stone"]
+
+
+def test_a_field_of_an_object_without_a_meaning_is_refused() -> None:
+    document = openapi_document()
+    del document["components"]["schemas"]["Usage"]["properties"]["total_tokens"]["description"]
+    with pytest.raises(RuntimeError, match=r"Usage\.total_tokens has no meaning"):
+        list(http_section(document))
 
 
 def test_a_field_of_a_proto_without_a_comment_is_refused() -> None:

@@ -79,6 +79,8 @@ def _object(name: str, schema: Schema) -> Iterator[str]:
     yield from ("| field | type | range | default | meaning |", "|---|---|---|---|---|")
     required = schema.get("required", ())
     for field, described in schema["properties"].items():
+        if "description" not in described:
+            raise RuntimeError(f"{name}.{field} has no meaning in its model's docstring")
         text = markdown(described["description"])
         default = "required" if field in required else _default(described, text)
         cells = (f"`{field}`", kind(described), _range(described), default, _NONE_FOR.sub("", text))
