@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .NOTPARALLEL:
-.PHONY: help setup fetch-demo demo serve test format lint types imports unit slow wheel proto clean
+.PHONY: help setup fetch-demo demo serve test format lint types imports unit slow wheel proto reference clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ wheel: setup ## Build the wheel and use it in a fresh environment
 
 proto: setup ## Regenerate the gRPC stubs from the proto
 	$(BIN)/python -m meteora_dist.serving.proto.generate
+
+reference: setup ## Regenerate docs/api.md from the schemas and the proto
+	$(BIN)/python -m meteora_dist.serving.reference docs/api.md
 
 clean: ## Remove caches and build results; .venv and the fetched model stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

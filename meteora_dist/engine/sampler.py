@@ -66,7 +66,7 @@ class RequestSampler(ContinuousBatchingLogitsProcessorList):
         """Accepts what the manager sends: the request itself."""
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
-        """Notes how each token of the coming pass is drawn, and after which ones.
+        """Notes how each token of the coming pass is drawn, and after which ones; ``arg_storage`` [rows, ...] stays.
 
         The batch has advanced ``position_offset`` already: it counts all tokens before the drawn one, the same in
         prefill, split or not, and in decoding. So a request that was interrupted draws as if it had not been.

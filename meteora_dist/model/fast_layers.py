@@ -57,7 +57,7 @@ class SignedRotary(nn.Module):
         self.rotary = rotary
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos_T1D and sin_T1D, the latter negative in its first half."""
+        """cos_T1D and sin_T1D, the latter negative in its first half, of x [1, T, H] and position_ids [1, T]."""
         cos, sin = self.rotary(x, position_ids)
         half = sin.shape[-1] // 2
         return cos[0, :, None], torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), dim=-1)

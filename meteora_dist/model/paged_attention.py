@@ -81,8 +81,8 @@ def plan_attention(lengths: Sequence[int], seen: Sequence[int], read_index: Tens
     Args:
         lengths: Tokens of each request in the pass.
         seen: Tokens of each request in the cache after it, these included.
-        read_index: Rows of the cache that hold the requests' ``seen`` tokens, one request after the other; empty when
-            no request has any from before.
+        read_index: [sum of ``seen``], rows of the cache that hold the requests' ``seen`` tokens, one request after the
+            other; empty when no request has any from before.
     """
     token_at, cached_at = [0], [0]
     for length, total in zip(lengths, seen, strict=True):

@@ -46,7 +46,7 @@ class TensorParallel:
         return None if mesh is None else cls(mesh["tp"], wire)
 
     def add_up(self, parts: Tensor, kind: ExchangeKind) -> Tensor:
-        """Adds up the ranks' ``parts``, rows first, in place; no rows on one rank means none on any."""
+        """Adds up the ranks' ``parts`` [T, ...] in place; no rows on one rank means none on any."""
         if parts.shape[0]:
             with self._wire.count(kind, parts.shape[0], parts.nbytes):
                 dist.all_reduce(parts, group=self._group)

@@ -49,8 +49,8 @@ class ExpertRow(ExpertEntry):
     Attributes:
         groups: The expert-parallel groups that hold it.
         resident_bytes: Its matrices on all ranks together.
-        requests: Calls that chose it, since the service started.
-        routed: How often tokens were routed to it, since the ranks started.
+        requests: Calls that chose it by name or in a blend, since the service started.
+        routed: How often tokens were routed to it, once for every linear, since the ranks started.
     """
 
     groups: tuple[int, ...]
@@ -88,14 +88,24 @@ class ExpertTable(StrictModel):
 
 
 class Changed(StrictModel):
-    """The new generation of the bank, and the names of its experts. Other replicas load it within moments."""
+    """What a change has made. Other replicas load it within moments.
+
+    Attributes:
+        generation: Of the bank, after the change.
+        experts: Names of its experts, in the order of routing shares.
+    """
 
     generation: int
     experts: tuple[str, ...]
 
 
 class Moved(StrictModel):
-    """How many adapters have moved at this replica; others follow by their own loads."""
+    """What rebalancing has done.
+
+    Attributes:
+        moved: Adapters that have moved at this replica, 0 when moving would gain too little; others follow by their
+            own loads.
+    """
 
     moved: int
 
@@ -110,6 +120,7 @@ def admin_routes(admin: AdminService) -> APIRouter:
 
     @router.get("/experts", responses=answers(ExpertTable, *ADMIN), response_model=None, operation_id="listExperts")
     async def list_experts(request: Request) -> Json:
+        """Describes the experts as they are served now, and what each replica serves."""
         experts = await admin.list(caller_of(request))
         return {
             "generation": admin.manifest.generation,
@@ -126,6 +137,7 @@ def admin_routes(admin: AdminService) -> APIRouter:
         operation_id="addExpert",
     )
     async def add_expert(request: Request) -> Json:
+        """Adds an expert; new requests may use it as soon as the call returns."""
         new = parse(NewExpertBody, await request.body())
         return _change(await admin.add(caller_of(request), new.name, new.adapter, new.generation))
 
@@ -137,6 +149,7 @@ def admin_routes(admin: AdminService) -> APIRouter:
         operation_id="validateExpert",
     )
     async def validate_expert(request: Request) -> Json:
+        """Checks what adding or replacing would check before anything is loaded."""
         new = parse(NewExpertBody, await request.body())
         entry = await admin.validate(caller_of(request), new.name, new.adapter)
         return entry.model_dump(mode="json")
@@ -149,6 +162,7 @@ def admin_routes(admin: AdminService) -> APIRouter:
         operation_id="replaceExpert",
     )
     async def replace_expert(name: str, request: Request) -> Json:
+        """Puts another adapter in the place of an expert's; requests under way finish with the old one."""
         new = parse(AdapterBody, await request.body())
         return _change(await admin.replace(caller_of(request), name, new.adapter, new.generation))
 
@@ -156,10 +170,12 @@ def admin_routes(admin: AdminService) -> APIRouter:
         "/experts/{name}", responses=answers(Changed, *ADMIN), response_model=None, operation_id="removeExpert"
     )
     async def remove_expert(name: str, request: Request, generation: Expected = None) -> Json:
+        """Removes an expert; requests under way finish with it."""
         return _change(await admin.remove(caller_of(request), name, generation))
 
     @router.post("/rebalance", responses=answers(Moved, *ADMIN), response_model=None, operation_id="rebalance")
     async def rebalance(request: Request) -> Json:
+        """Moves experts to other groups of ranks, so that loads are even: at every replica, by its own loads."""
         return {"moved": await admin.rebalance(caller_of(request))}
 
     return router

@@ -71,6 +71,7 @@ def create_api(service: TextService, admin: AdminService | None = None, playgrou
         operation_id="createCompletion",
     )
     async def completions(request: Request) -> Response:
+        """Continues texts or token ids, whole or as a stream of server-sent events."""
         return await _answer(service, caller_of(request), parse(CompletionBody, await request.body()))
 
     @api.post(
@@ -80,10 +81,12 @@ def create_api(service: TextService, admin: AdminService | None = None, playgrou
         operation_id="createChatCompletion",
     )
     async def chat_completions(request: Request) -> Response:
+        """Answers a conversation, whole or as a stream of server-sent events."""
         return await _answer(service, caller_of(request), parse(ChatBody, await request.body()))
 
     @api.get("/v1/models", responses=answers(ModelList, *GUARDED), operation_id="listModels", response_model=None)
     async def models(request: Request) -> Json:
+        """Lists what the caller may name as ``model``: modes and experts."""
         names = service.catalog.models_of(caller_of(request))
         return {"object": "list", "data": [_model(name, started) for name in names]}
 
@@ -94,17 +97,20 @@ def create_api(service: TextService, admin: AdminService | None = None, playgrou
         response_model=None,
     )
     async def model(name: str, request: Request) -> Json:
+        """Describes one of them."""
         service.catalog.check([name], caller_of(request))
         return _model(name, started)
 
     @api.get("/healthz", responses=answers(Health, 503), operation_id="healthz", response_model=None)
     @api.get("/readyz", responses=answers(Health, 503), operation_id="readyz", response_model=None)
     async def ready() -> Json:
+        """Whether the ranks answer; both paths say the same, and need no key."""
         service.check()
         return {"status": "ok"}
 
     @api.get("/livez", responses=answers(Health), operation_id="livez", response_model=None)
     async def alive() -> Json:
+        """Whether the replica answers; needs no key."""
         return {"status": "ok"}
 
     if admin is not None:

@@ -16,7 +16,13 @@ class _Exact(BaseModel):
 
 
 class Usage(_Exact):
-    """Tokens of a whole call."""
+    """Tokens of a whole call.
+
+    Attributes:
+        prompt_tokens: Of all prompts, each counted once.
+        completion_tokens: Produced for all answers, end-of-sequence tokens included.
+        total_tokens: Both together.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -24,10 +30,16 @@ class Usage(_Exact):
 
 
 class TokenRouting(_Exact):
-    """One produced token and each expert's share of the gate weight, in the order of ``experts``.
+    """One produced token and who acted on it.
 
-    With ``routing.trace`` set to ``layers``, ``layer_experts`` has the dominating expert of each decoder layer, by its
-    place in ``experts`` or -1 where none acted, and ``layer_shares`` its share there.
+    Attributes:
+        token: The text this token completed; empty inside a character of several tokens, and for special tokens.
+        id: Its id.
+        shares: Each expert's share of the gate weight at the position that produced this token, averaged over all
+            routed linears, in the order of ``experts``. They sum to 1, or are all 0 where no expert acted.
+        layer_experts: When ``routing.trace`` is ``layers``: the expert with the largest share in each decoder layer,
+            from the first, by its place in ``experts``; -1 where no expert acted.
+        layer_shares: Likewise: that share, averaged over the layer's routed linears.
     """
 
     token: str
@@ -40,7 +52,11 @@ class TokenRouting(_Exact):
 class RoutingTrace(_Exact):
     """Which experts acted; there for those who asked with ``routing.trace``.
 
-    ``votes`` says how many layer routers voted for each of ``experts``, where they did.
+    Attributes:
+        experts: Names, in the order of ``shares`` and ``votes``: those that the caller may use.
+        dominating: The expert with the largest share over all tokens so far; null when no expert acted.
+        tokens: One entry a produced token; in a stream, those that are new.
+        votes: How many layer routers voted for each of ``experts``; absent where none voted.
     """
 
     experts: list[str]
@@ -50,7 +66,15 @@ class RoutingTrace(_Exact):
 
 
 class CompletionLogprobs(_Exact):
-    """How probable the produced tokens were, in columns."""
+    """How probable the produced tokens were, in columns.
+
+    Attributes:
+        tokens: Their texts; of a part of a character ``bytes:`` and its bytes in hex.
+        token_logprobs: Natural logarithms of their probabilities, before biases, penalties, grammar, temperature
+            and cuts.
+        top_logprobs: The most probable tokens at the place of each, and the logarithms of their probabilities.
+        text_offset: Where the text of each begins in the answer, in characters.
+    """
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -59,7 +83,16 @@ class CompletionLogprobs(_Exact):
 
 
 class CompletionChoice(_Exact):
-    """One answer."""
+    """One answer.
+
+    Attributes:
+        index: Number of the answer: that of its prompt, times n, plus that among the prompt's answers.
+        text: What was produced.
+        logprobs: When the request asked for them; null otherwise.
+        finish_reason: ``stop``: the model ended its answer, or a stop text appeared. ``length``: ``max_tokens``
+            were produced.
+        routing: When the request asked for a trace; absent otherwise.
+    """
 
     index: int
     text: str
@@ -69,7 +102,16 @@ class CompletionChoice(_Exact):
 
 
 class Completion(_Exact):
-    """The answer of ``POST /v1/completions``."""
+    """The answer of ``POST /v1/completions``.
+
+    Attributes:
+        id: Identifies the call in the service's logs.
+        object: What this is.
+        created: When, in seconds of the Unix epoch.
+        model: As the request named it.
+        choices: All answers, by index.
+        usage: Tokens of the call.
+    """
 
     id: str
     object: Literal["text_completion"]
@@ -80,7 +122,16 @@ class Completion(_Exact):
 
 
 class CompletionPart(_Exact):
-    """What is new of one answer; its last part has the reason why it ended."""
+    """What is new of one answer.
+
+    Attributes:
+        index: Number of the answer: that of its prompt, times n, plus that among the prompt's answers.
+        text: What is new; it may be empty.
+        logprobs: When the request asked for them; null otherwise.
+        finish_reason: Why the answer ended, in its last part; null before. ``stop`` or ``length``, as in a whole
+            answer.
+        routing: When the request asked for a trace; absent otherwise.
+    """
 
     index: int
     text: str
@@ -90,7 +141,16 @@ class CompletionPart(_Exact):
 
 
 class CompletionChunk(_Exact):
-    """An event of a stream; the one with the usage has no choices."""
+    """An event of a stream; the one with the usage has no choices.
+
+    Attributes:
+        id: Identifies the call in the service's logs.
+        object: What this is.
+        created: When, in seconds of the Unix epoch.
+        model: As the request named it.
+        choices: One part of one answer.
+        usage: In the last event, for those who asked with ``stream_options.include_usage``; null before it.
+    """
 
     id: str
     object: Literal["text_completion"]
@@ -101,7 +161,13 @@ class CompletionChunk(_Exact):
 
 
 class ScoredToken(_Exact):
-    """A token and the natural logarithm of its probability."""
+    """A token and how probable it was.
+
+    Attributes:
+        token: Its text; a part of a character shows as U+FFFD.
+        logprob: Natural logarithm of its probability, before biases, penalties, grammar, temperature and cuts.
+        bytes: Its bytes.
+    """
 
     token: str
     logprob: float
@@ -109,20 +175,35 @@ class ScoredToken(_Exact):
 
 
 class TokenLogprobs(ScoredToken):
-    """A produced token, with the most probable ones at its place."""
+    """A produced token, with the most probable ones at its place.
+
+    Attributes:
+        top_logprobs: Those, most probable first.
+    """
 
     top_logprobs: list[ScoredToken]
 
 
 class ChatLogprobs(_Exact):
-    """How probable the produced tokens were."""
+    """How probable the produced tokens were.
+
+    Attributes:
+        content: One entry a produced token.
+        refusal: Always null: there are no refusals.
+    """
 
     content: list[TokenLogprobs]
     refusal: None
 
 
 class AssistantMessage(_Exact):
-    """The assistant's turn."""
+    """The assistant's turn.
+
+    Attributes:
+        role: Who speaks.
+        content: What was produced.
+        refusal: Always null.
+    """
 
     role: Literal["assistant"]
     content: str
@@ -130,7 +211,16 @@ class AssistantMessage(_Exact):
 
 
 class ChatChoice(_Exact):
-    """One answer."""
+    """One answer.
+
+    Attributes:
+        index: Number of the answer.
+        message: The answer.
+        logprobs: When the request asked for them; null otherwise.
+        finish_reason: ``stop``: the model ended its answer, or a stop text appeared. ``length``: ``max_tokens``
+            were produced.
+        routing: When the request asked for a trace; absent otherwise.
+    """
 
     index: int
     message: AssistantMessage
@@ -140,7 +230,16 @@ class ChatChoice(_Exact):
 
 
 class ChatCompletion(_Exact):
-    """The answer of ``POST /v1/chat/completions``."""
+    """The answer of ``POST /v1/chat/completions``.
+
+    Attributes:
+        id: Identifies the call in the service's logs.
+        object: What this is.
+        created: When, in seconds of the Unix epoch.
+        model: As the request named it.
+        choices: All answers, by index.
+        usage: Tokens of the call.
+    """
 
     id: str
     object: Literal["chat.completion"]
@@ -151,14 +250,28 @@ class ChatCompletion(_Exact):
 
 
 class ChatDelta(_Exact):
-    """What is new of the assistant's turn; the first part says who speaks."""
+    """What is new of the assistant's turn.
+
+    Attributes:
+        role: Who speaks; in the first part only.
+        content: What is new; it may be empty.
+    """
 
     role: Literal["assistant"] | Absent = None
     content: str
 
 
 class ChatPart(_Exact):
-    """What is new of one answer; its last part has the reason why it ended."""
+    """What is new of one answer.
+
+    Attributes:
+        index: Number of the answer.
+        delta: What is new.
+        logprobs: When the request asked for them; null otherwise.
+        finish_reason: Why the answer ended, in its last part; null before. ``stop`` or ``length``, as in a whole
+            answer.
+        routing: When the request asked for a trace; absent otherwise.
+    """
 
     index: int
     delta: ChatDelta
@@ -168,7 +281,16 @@ class ChatPart(_Exact):
 
 
 class ChatChunk(_Exact):
-    """An event of a stream; the one with the usage has no choices."""
+    """An event of a stream; the one with the usage has no choices.
+
+    Attributes:
+        id: Identifies the call in the service's logs.
+        object: What this is.
+        created: When, in seconds of the Unix epoch.
+        model: As the request named it.
+        choices: One part of one answer.
+        usage: In the last event, for those who asked with ``stream_options.include_usage``; null before it.
+    """
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -179,7 +301,14 @@ class ChatChunk(_Exact):
 
 
 class Model(_Exact):
-    """What a request may name as its model."""
+    """What a request may name as its model.
+
+    Attributes:
+        id: The name.
+        object: What this is.
+        created: When this replica started, in seconds of the Unix epoch.
+        owned_by: ``meteora``.
+    """
 
     id: str
     object: Literal["model"]
@@ -188,20 +317,36 @@ class Model(_Exact):
 
 
 class ModelList(_Exact):
-    """All of them."""
+    """Everything the caller may name.
+
+    Attributes:
+        object: What this is.
+        data: Modes first, then experts in the order of routing shares.
+    """
 
     object: Literal["list"]
     data: list[Model]
 
 
 class Health(_Exact):
-    """The service answers."""
+    """The service answers.
+
+    Attributes:
+        status: ``ok``; anything else is an error with status 503.
+    """
 
     status: Literal["ok"]
 
 
 class ErrorDetail(_Exact):
-    """What went wrong."""
+    """What went wrong.
+
+    Attributes:
+        message: What was wrong, where, and what would be right.
+        type: OpenAI's class of the error.
+        param: The field at fault; null when no field is.
+        code: The kind of error: see the table of errors.
+    """
 
     message: str
     type: str
@@ -210,6 +355,10 @@ class ErrorDetail(_Exact):
 
 
 class Error(_Exact):
-    """What every call that fails answers."""
+    """What every call that fails answers.
+
+    Attributes:
+        error: What went wrong.
+    """
 
     error: ErrorDetail

@@ -58,8 +58,8 @@ class ChosenExpert(_Strict):
     """An expert of ``routing.experts``.
 
     Attributes:
-        name: Its name.
-        weight: Its part in a blend, 1 by default; none for mode ``named``.
+        name: Its name; 404 when it is not served, 403 when the key may not use it.
+        weight: Its part in a blend; None for 1. Refused for mode ``named``.
     """
 
     name: str
@@ -70,11 +70,13 @@ class RoutingOptions(_Strict):
     """Our extension: which experts act. It may say what ``model`` says as well, and more.
 
     Attributes:
-        mode: ``auto``, ``auto-sequence``, ``named``, ``blend`` or ``base``; None leaves it to ``model``.
-        experts: The one of ``named``, the ones of ``blend``.
-        top_k: Experts a token uses under ``auto``; None for the bank's default.
-        temperature: Divides the chosen gate logits under ``auto``; None for the bank's default.
+        mode: How experts are chosen; None for what ``model`` says. Refused when both say different things.
+        experts: The one of ``named``, the ones of ``blend``, each once; refused for other modes.
+        top_k: Experts a token uses under ``auto``; None for the bank's default. Refused for other modes.
+        temperature: Divides the gate logits of the chosen experts before the softmax under ``auto``; None for the
+            bank's default. Refused for other modes.
         vote: How routers decide under ``auto-sequence``: ``majority`` or ``last``; None for the bank's default.
+            Refused for other modes, and by a bank without routers.
         trace: Whether every choice reports each expert's share for every token, and the votes of routers;
             ``layers`` for the dominating expert of each decoder layer as well.
     """
@@ -124,7 +126,34 @@ class ResponseFormat(_Strict):
 
 
 class GenerationBody(_Strict):
-    """What both endpoints take; ranges are checked where both protocols meet, in ``check_ranges``."""
+    """What both endpoints take; ranges are checked where both protocols meet, in ``check_ranges``.
+
+    Attributes:
+        model: ``auto``: the gates pick experts for every token. ``auto-sequence``: a vote on the prompt picks one
+            expert for the whole answer. The name of an expert. A blend, ``NAME:WEIGHT,NAME:WEIGHT``. ``base``: no
+            expert. ``routing`` can say the same in fields of its own.
+        max_tokens: Most tokens to produce for an answer; None for 16 (completions) or what the context has room for
+            (chat). ``context_length_exceeded`` when prompt and answer do not fit.
+        temperature: 0 takes the most probable token (greedy), 2 flattens the distribution; None for 1.
+        top_p: Draws only from the most probable tokens that together reach this probability; None for 1.
+        top_k: Draws only from this many most probable tokens; 0 or None for all.
+        min_p: Draws only from tokens with at least this part of the largest probability; None for 0.
+        presence_penalty: Taken off the logits of tokens that the answer has already; None for 0.
+        frequency_penalty: Taken off for every time the answer has them; None for 0.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that prompt or answer have; None
+            for 1.
+        logit_bias: Added to logits by token id, -100 to 100 each.
+        stop: Texts that end the answer where they appear, and are not part of it; by default four of 256 characters
+            at most (``max_stops``, ``max_stop_chars``).
+        seed: The same seed and request give the same answer, in any batch; None for a random one.
+        n: Answers to each prompt; they differ by their seeds. A call has at most 32 answers. None for 1.
+        ignore_eos: Whether to go on after the end-of-sequence token; not with a ``response_format``.
+        response_format: What answers must look like; None for anything.
+        stream: Whether to answer with server-sent events, one a piece of text.
+        stream_options: How a stream is sent; refused without ``stream``.
+        user: Taken, and used for nothing.
+        routing: Which experts act, and whether to report it.
+    """
 
     model: str = "auto"
     max_tokens: int | None = _documented(minimum=1)
@@ -209,14 +238,24 @@ class CompletionBody(GenerationBody):
 
 
 class TextPart(_Strict):
-    """A part of a message's content."""
+    """A part of a message's content.
+
+    Attributes:
+        type: There is one kind.
+        text: Joined to the other parts' without anything between.
+    """
 
     type: Literal["text"]
     text: str
 
 
 class Message(_Strict):
-    """One message of a conversation; ``developer`` is another word for ``system``."""
+    """One message of a conversation.
+
+    Attributes:
+        role: Who speaks; ``developer`` is another word for ``system``.
+        content: What is said.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -232,10 +271,10 @@ class ChatBody(GenerationBody):
     """The body of ``POST /v1/chat/completions``.
 
     Attributes:
-        messages: The conversation; the answer is the assistant's next turn.
-        max_completion_tokens: The newer name of ``max_tokens``.
+        messages: The conversation, put into the model's own chat template; the answer is the assistant's next turn.
+        max_completion_tokens: The newer name of ``max_tokens``; one of them at most.
         logprobs: Whether to report how probable every token was.
-        top_logprobs: How many of the most probable tokens to report beside it.
+        top_logprobs: How many of the most probable tokens to report beside it; refused without ``logprobs``.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]

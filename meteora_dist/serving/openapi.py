@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
+from meteora_dist.serving.documented import DocumentedSchema, own_text
 from meteora_dist.serving.openai_objects import Error
 
 _REF = "#/components/schemas/{model}"
@@ -55,7 +56,7 @@ def answers(model: Object, *failures: int, chunk: Object | None = None, status: 
     content: dict[str, Any] = {_JSON: {"schema": _ref(model)}}
     if chunk is not None:
         content["text/event-stream"] = {"itemSchema": _event(chunk)}
-    responses: Responses = {status: {"description": model.__doc__, "content": content}}
+    responses: Responses = {status: {"description": own_text(model), "content": content}}
     return responses | {status: _failure(status) for status in failures}
 
 
@@ -70,7 +71,7 @@ def describe(api: FastAPI, read: Sequence[Object], written: Sequence[Object]) ->
     document = get_openapi(title=api.title, version=api.version, routes=api.routes)
     models: list[tuple[Object, JsonSchemaMode]] = [(model, "validation") for model in read]
     models += [(model, "serialization") for model in written] + [(Error, "serialization")]
-    schemas = models_json_schema(models, ref_template=_REF)[1]["$defs"]
+    schemas = models_json_schema(models, ref_template=_REF, schema_generator=DocumentedSchema)[1]["$defs"]
     bearer = {"type": "http", "scheme": "bearer", "description": "An API key, unless the service has been opened."}
     document["components"] = {"schemas": schemas, "securitySchemes": {"key": bearer}}
     document["security"] = [{"key": []}, {}]

@@ -96,7 +96,7 @@ class ZeroEngine:
         return result
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of one batch."""
+        """Adds the gradient of one batch, whose loss is a scalar."""
         self._engine.backward(loss)
 
     def update(self) -> None:

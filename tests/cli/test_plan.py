@@ -1,4 +1,4 @@
-"""``meteora plan``: its page is what it prints, refusals are one line, and no torch is needed."""
+"""``meteora plan``: its pages are what it prints, refusals are one line, and no torch is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
+PAGES = [Path(__file__).parents[2] / "docs" / name for name in ("planning.md", "sizing.md")]
 PROGRAM = (
     "import sys; from meteora_dist.cli.main import main\n"
     "try: main()\n"
@@ -27,13 +27,13 @@ def meteora(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def sessions() -> list[tuple[str, str]]:
-    """(arguments, output) of every console block of the page."""
-    blocks = re.findall(r"```console\n\$ meteora (.*?)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert blocks
-    return blocks
+    """(arguments, output) of every console block of the pages."""
+    blocks = [re.findall(r"```console\n\$ meteora (.*?)\n(.*?)```", page.read_text(), re.DOTALL) for page in PAGES]
+    assert all(blocks)
+    return [block for found in blocks for block in found]
 
 
-@pytest.mark.parametrize(("arguments", "output"), sessions())
+@pytest.mark.parametrize(("arguments", "output"), sessions(), ids=lambda text: text.split("\n")[0][:60])
 def test_the_page_shows_what_the_command_prints(arguments: str, output: str) -> None:
     done = meteora(*arguments.split())
     shown = [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]

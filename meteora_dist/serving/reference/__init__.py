@@ -1,0 +1,1 @@
+"""docs/api.md, made from the OpenAPI document and the protos."""
