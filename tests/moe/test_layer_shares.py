@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from meteora_dist.moe.gate import GroupGates, route
-from meteora_dist.moe.layer_shares import LayerShares
 from meteora_dist.moe.linears import layer_of
 from meteora_dist.moe.routing import BASE, LiveGeneration, RoutingChoice, named, plan_pass
 
