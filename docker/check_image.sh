@@ -8,6 +8,9 @@ for shell in -c -lc; do
     HOME=/tmp bash "$shell" 'command -v ray meteora'
 done
 
+# Triton compiles its launchers with it, and CPU ranks their routed linears.
+command -v gcc
+
 pin=$(sed -n 's/^ray==//p' /tmp/build/constraints.txt)
 python - "$pin" <<'PYTHON'
 import sys

@@ -80,7 +80,7 @@ class FusedLinears(nn.Module):
             bases.append(base)
             first += base.out_features
         self._base = PackedLinear(bases)
-        self._deltas = None if group is None else LocalDeltas(group, columns)
+        self._deltas = None if group is None else LocalDeltas(group, columns, first)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """The outputs y_TY."""

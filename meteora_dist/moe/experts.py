@@ -16,7 +16,7 @@ from meteora_dist.adapters import Adapter, PairPlace
 from meteora_dist.bank import Bank
 from meteora_dist.errors import AdapterError, BankError
 from meteora_dist.moe.sharding import GroupShape
-from meteora_kernels.routed_lora.plan import arrange, located
+from meteora_kernels.routed_lora.plan import arrange, located, runs_kernels
 from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, stack
 
 
@@ -60,7 +60,8 @@ def stack_experts(experts: Sequence[Expert], shape: GroupShape, dtype: torch.dty
 
 def with_experts(stack: LoraStack, experts: Sequence[Expert]) -> LoraStack:
     """A stack of the same pairs with other matrices, which may have gradients; they are not copied side by side."""
-    return located(replace(stack, experts=tuple(experts), packed=None, tables=None))
+    other = replace(stack, experts=tuple(experts), packed=None, tables=None)
+    return located(other) if runs_kernels(stack.scales_NE.device) else other
 
 
 def read_gates(bank: Bank, shape: GroupShape, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from meteora_dist.moe.routing import NO_EXPERT, MixedRouting, PassRouting, StepRouting
 from meteora_kernels.gate.choice import GateChoice
@@ -20,9 +20,7 @@ from meteora_kernels.routed_lora import plan
 
 def gate_logits(x_TH: Tensor, gate_PH: Tensor, num_linears: int) -> Tensor:
     """fp32 logits_TNE of N gates stacked as ``gate_PH``, P = N * E, rows ordered by linear, then expert."""
-    on_gpu = plan.runs_kernels(x_TH.device)
-    logits_TP = plan.gate_logits(x_TH, gate_PH) if on_gpu else linear(x_TH.float(), gate_PH)
-    return logits_TP.view(-1, num_linears, gate_PH.shape[0] // num_linears)
+    return plan.gate_logits(x_TH, gate_PH).view(-1, num_linears, gate_PH.shape[0] // num_linears)
 
 
 @dataclass(frozen=True, slots=True)

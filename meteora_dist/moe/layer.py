@@ -22,6 +22,7 @@ from meteora_dist.moe.routing import NO_EXPERT, PassRouting, StepRouting
 from meteora_dist.moe.sharding import GroupShape
 from meteora_dist.moe.wire import ExchangeKind
 from meteora_kernels.routed_lora import plan
+from meteora_kernels.routed_lora.cpu import operators as cpu
 from meteora_kernels.routed_lora.stack import LoraStack
 
 AddUp = Callable[[Tensor, ExchangeKind], Tensor]
@@ -34,14 +35,14 @@ class RoutingContext:
     Attributes:
         step: The routing of the pass.
         loads: Counts the slots that passes use.
-        shared: What groups worked out in this pass for those that are alike: slots and row weights.
+        compiled: The routing as compiled code reads it, once a group has asked for it.
     """
 
     def __init__(self, adapters: Sequence[str] = ()) -> None:
         """Starts outside any pass; ``adapters`` are the digests of those in the slots."""
         self.step: PassRouting | None = None
         self.loads = SlotLoads(adapters)
-        self.shared: dict[str, tuple[Tensor, Tensor]] = {}
+        self.compiled: cpu.Pass | None = None
 
     @contextmanager
     def routed(self, step: PassRouting | None) -> Iterator[None]:
@@ -51,7 +52,7 @@ class RoutingContext:
             yield
         finally:
             self.step = None
-            self.shared.clear()
+            self.compiled = None
             self.loads.settle()
 
 

@@ -35,11 +35,6 @@ class LayerShares:
         ids_SX, weights_SX = ids_TX[self.rows_S].clamp_min(0), weights_TX[self.rows_S]
         self.sums_SLE[:, layer].scatter_add_(1, ids_SX, weights_SX)
 
-    def of(self, rows: slice) -> LayerShares:
-        """Those of neighbouring tokens, counted from the first of them; what is added to them is added here."""
-        kept = slice(int((self.rows_S < rows.start).sum()), int((self.rows_S < rows.stop).sum()))
-        return LayerShares(self.rows_S[kept] - rows.start, self.sums_SLE[kept])
-
     def at(self, token: int) -> Tensor:
         """The sums of the token at this position, [L, E]; raises IndexError when nobody asked for them."""
         (found,) = (self.rows_S == token).nonzero(as_tuple=True)

@@ -5,11 +5,11 @@ Shapes: T tokens, N linears of a group, K expert slots a token.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class SlotLoads:
@@ -22,7 +22,7 @@ class SlotLoads:
     def __init__(self, adapters: Sequence[str]) -> None:
         """Starts at zero; ``adapters`` are the digests of those in the slots."""
         self._seen: list[Tensor] = []
-        self._alike: Counter[int] = Counter()
+        self._uses: Tensor | None = None
         # Names and counts are replaced together: another thread may be reading. The empty slot is counted first.
         self._counted = tuple(adapters), torch.zeros(1 + len(adapters), dtype=torch.long)
 
@@ -30,25 +30,23 @@ class SlotLoads:
         """Takes the slots of one group of linears in the pass under way; ``NO_EXPERT`` where unused."""
         self._seen.append(slots_TNK)
 
-    def see_alike(self, slots: Iterable[int], times: int) -> None:
-        """Takes slots that each of T tokens uses at each of N linears: ``times`` is T * N."""
-        for slot in slots:
-            self._alike[slot] += times
+    def counter(self) -> Tensor:
+        """Uses of each slot in the pass under way, int64, for compiled code to add to."""
+        if self._uses is None:
+            self._uses = torch.zeros(len(self._counted[0]), dtype=torch.long)
+        return self._uses
 
     def settle(self) -> None:
         """Counts the pass that has ended."""
+        adapters, counts = self._counted
         if self._seen:
-            adapters, counts = self._counted
             used = torch.cat([slots_TNK.flatten() for slots_TNK in self._seen]) + 1
             self._seen.clear()
-            self._counted = adapters, counts + torch.bincount(used, minlength=len(counts)).cpu()
-        if self._alike:
-            adapters, counts = self._counted
-            more = torch.zeros_like(counts)
-            for slot, times in self._alike.items():
-                more[1 + slot] = times
-            self._alike.clear()
-            self._counted = adapters, counts + more
+            counts = counts + torch.bincount(used, minlength=len(counts)).cpu()
+        if self._uses is not None:
+            counts = counts + pad(self._uses, (1, 0))
+            self._uses = None
+        self._counted = adapters, counts
 
     def by_adapter(self) -> dict[str, int]:
         """The counts since the start, by digest; for any thread."""

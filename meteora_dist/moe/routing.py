@@ -117,7 +117,6 @@ class StepRouting:
         index: Of the generation, see ``LiveGeneration``.
         slot_E: Of the generation, see ``LiveGeneration``.
         prototype_E: Of the generation, see ``LiveGeneration``.
-        only: (slot of the roster, weight) of the experts that all tokens use alike; empty where they differ.
         layers: The shares layer by layer, filled by the pass; None when nobody asked. Goes with ``shares_TE``.
     """
 
@@ -131,30 +130,12 @@ class StepRouting:
     index: int = 0
     slot_E: Tensor | None = None
     prototype_E: Tensor | None = None
-    only: tuple[tuple[int, float], ...] = ()
     layers: LayerShares | None = None
 
     @property
     def slots(self) -> int:
         """K of this pass."""
         return self.ids_TK.shape[1]
-
-    def of(self, rows: slice) -> StepRouting:
-        """The routing of neighbouring tokens; what their pass records goes to this one."""
-
-        def cut(of_T: Tensor | None) -> Tensor | None:
-            return None if of_T is None else of_T[rows]
-
-        return replace(
-            self,
-            auto_T=cut(self.auto_T),
-            top_k_T=cut(self.top_k_T),
-            temperature_T1=cut(self.temperature_T1),
-            ids_TK=self.ids_TK[rows],
-            weights_TK=self.weights_TK[rows],
-            shares_TE=cut(self.shares_TE),
-            layers=None if self.layers is None else self.layers.of(rows),
-        )
 
     def shares_of(self, token: int, count: int = 1) -> Tensor | None:
         """Shares of ``count`` tokens of the pass from ``token`` on, added up, [E]; None when nobody asked."""
@@ -246,7 +227,6 @@ def plan_step(
         ids_TK=ids_TK,
         weights_TK=spread([[weight for _, weight in row] for row in fixed], torch.float32),
         shares_TE=torch.zeros(ids_TK.shape[0], num_experts) if trace else None,
-        only=choices[0].experts if len(set(choices)) == 1 and choices[0].mode == "fixed" else (),
     )
 
 
@@ -283,13 +263,12 @@ def plan_pass(
         chosen, counts = [choices[r] for r in requests], [lengths[r] for r in requests]
         bank = live[generation]
         step = plan_step(chosen, counts, bank.num_experts, slots, trace)
-        only = step.only if bank.slot_E is None else tuple((int(bank.slot_E[expert]), w) for expert, w in step.only)
         slot_E, prototype_E = (
             None if table is None else table.to(step.ids_TK.device) for table in (bank.slot_E, bank.prototype_E)
         )
         lasts = [end - 1 for r, end in zip(requests, accumulate(counts), strict=True) if r in layered]
         layers = LayerShares.empty(lasts, len(bank.linears_L), bank.num_experts) if lasts else None
-        return replace(step, index=bank.index, slot_E=slot_E, prototype_E=prototype_E, only=only, layers=layers)
+        return replace(step, index=bank.index, slot_E=slot_E, prototype_E=prototype_E, layers=layers)
 
     used = sorted(set(generations))
     if len(used) == 1:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from meteora_dist.moe.gate import GroupGates, route
-from meteora_dist.moe.layer_shares import LayerShares
 from meteora_dist.moe.linears import layer_of
 from meteora_dist.moe.routing import BASE, LiveGeneration, RoutingChoice, named, plan_pass
 
@@ -46,14 +45,3 @@ def test_nobody_asked() -> None:
     step = plan_pass([RoutingChoice()], [2], [1], LIVE, 2, trace=True)
     with pytest.raises(IndexError, match="not asked for"):
         step.layer_shares_of(1)
-
-
-def test_parts_of_a_pass_record_in_the_whole() -> None:
-    whole = LayerShares.empty([1, 4, 6], layers=2, experts=2)
-    for rows in (slice(0, 4), slice(4, 6), slice(6, 8)):
-        part = whole.of(rows)
-        ids = torch.tensor([[0, -1]]).expand(rows.stop - rows.start, 2)
-        part.add(1, ids, torch.tensor([[1.0, 0.0]]).expand_as(ids) * (1 + rows.start))
-    assert whole.of(slice(4, 6)).rows_S.tolist() == [0]
-    assert whole.sums_SLE[:, 1].tolist() == [[1.0, 0.0], [5.0, 0.0], [7.0, 0.0]]
-    assert whole.sums_SLE[:, 0].abs().max() == 0

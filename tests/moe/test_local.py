@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from meteora_dist.bank import Bank
 from meteora_dist.bench.synthetic import write_synthetic_bank
 from meteora_dist.model.load import load_base
 from meteora_dist.moe.inject import inject
-from meteora_dist.moe.local import MANY_TOKENS, LocalDeltas
+from meteora_dist.moe.local import LocalDeltas
 from meteora_dist.moe.routed_model import RoutedModel
 from meteora_dist.moe.routing import BASE, RoutingChoice, StepRouting, named, plan_step
 from tests.support.tiny import SPECS, load_tiny_llama
@@ -46,7 +46,7 @@ def step_of(choices: Sequence[RoutingChoice], tokens: int, trace: bool) -> StepR
 
 
 @pytest.mark.parametrize("trace", [False, True], ids=["plain", "traced"])
-@pytest.mark.parametrize("tokens", [4, 70, MANY_TOKENS + 90])
+@pytest.mark.parametrize("tokens", [4, 70, 602])
 @pytest.mark.parametrize("kind", PASSES)
 def test_it_adds_counts_and_records_what_the_group_does(
     routed: RoutedModel, kind: str, tokens: int, trace: bool
@@ -61,7 +61,7 @@ def test_it_adds_counts_and_records_what_the_group_does(
         steps = [step_of(PASSES[kind], tokens, trace) for _ in range(2)]
         counts = [torch.tensor(list(routed.loads.values()))]
         with torch.no_grad(), routed.context.routed(steps[0]):
-            LocalDeltas(group, columns).add_to(found, x_TH)
+            LocalDeltas(group, columns, ends[-1]).add_to(found, x_TH)
         counts.append(torch.tensor(list(routed.loads.values())))
         with torch.no_grad(), routed.context.routed(steps[1]):
             expected += torch.cat(group(x_TH), dim=1)
@@ -72,25 +72,10 @@ def test_it_adds_counts_and_records_what_the_group_does(
             torch.testing.assert_close(steps[0].shares_TE, steps[1].shares_TE)
 
 
-def test_groups_share_in_a_pass_only_what_they_have_in_common(routed: RoutedModel) -> None:
-    generator = torch.Generator().manual_seed(7)
-    for choices in ([named(0), named(3), named(1)], [named(3), BASE, named(0)]):
-        step = step_of(choices, 6, trace=False)
-        with torch.no_grad(), routed.context.routed(step):
-            for group in routed.groups:
-                x_TH = torch.randn(6, group.shape.in_features, generator=generator)
-                ends = [0, *accumulate(group.shape.out_features)]
-                found = torch.zeros(6, ends[-1])
-                LocalDeltas(group, [slice(*pair) for pair in pairwise(ends)]).add_to(found, x_TH)
-                torch.testing.assert_close(found, torch.cat(group(x_TH), dim=1), rtol=1e-4, atol=1e-4)
-            assert 1 <= len(routed.context.shared) < len(routed.groups)
-        assert not routed.context.shared
-
-
 def test_a_pass_of_the_base_model_adds_nothing(routed: RoutedModel) -> None:
     group = routed.groups[1]
     y_TY = torch.ones(3, group.shape.out_features[0])
-    LocalDeltas(group, [slice(None)]).add_to(y_TY, torch.randn(3, group.shape.in_features))
+    LocalDeltas(group, [slice(None)], y_TY.shape[1]).add_to(y_TY, torch.randn(3, group.shape.in_features))
     assert torch.equal(y_TY, torch.ones(3, group.shape.out_features[0]))
 
 
@@ -122,7 +107,7 @@ def test_4096_tokens_need_at_most_twice_the_memory_of_their_outputs(wide: Routed
     ends = torch.tensor([0, *group.shape.out_features]).cumsum(0).tolist()
     y_TY = torch.zeros(4096, ends[-1])
     x_TH = torch.randn(4096, group.shape.in_features)
-    deltas = LocalDeltas(group, [slice(*pair) for pair in pairwise(ends)])
+    deltas = LocalDeltas(group, [slice(*pair) for pair in pairwise(ends)], ends[-1])
     step = plan_step([choice], [4096], wide.num_experts, 2)
 
     def run() -> None:

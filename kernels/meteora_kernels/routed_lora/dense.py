@@ -6,7 +6,6 @@ shapes. It reads the whole stack, so it is for few experts (see ``plan``). Formu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,43 +19,18 @@ from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, Packe
 def routed_lora_dense(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
     """The deltas of the N linears, each [T, O_n], in x's dtype. Arguments as in the reference; a packed stack."""
     packed = _packed(stack)
-    weights_TW1 = row_weights(stack, ids_TNK, weights_TNK).to(x_TH.dtype)
-    shrunk_TC = (linear(x_TH, packed.a_CH).unflatten(1, (weights_TW1.shape[1], -1)) * weights_TW1).flatten(1)
+    shrunk_TC = linear(x_TH, packed.a_CH) * _row_weights(stack, ids_TNK, weights_TNK).to(x_TH.dtype)
     parts = shrunk_TC.split([len(b_CO) for b_CO in packed.b_CO], dim=1)
     return tuple(part_TC @ b_CO for part_TC, b_CO in zip(parts, packed.b_CO, strict=True))
 
 
-def add_routed_lora_dense(outputs: Sequence[Tensor], x_TH: Tensor, stack: LoraStack, weights_TW1: Tensor) -> None:
-    """Adds the deltas of the N linears to ``outputs``, each [T, O_n]. In x's dtype, without gradients.
-
-    Args:
-        outputs: Changed in place.
-        x_TH: As in the reference.
-        stack: Packed.
-        weights_TW1: See ``row_weights``.
-    """
-    packed = _packed(stack)
-    shrunk_TC = linear(x_TH, packed.a_CH)
-    shrunk_TC.unflatten(1, (weights_TW1.shape[1], -1)).mul_(weights_TW1)
-    parts = (shrunk_TC,) if len(packed.b_CO) == 1 else shrunk_TC.split([len(b_CO) for b_CO in packed.b_CO], dim=1)
-    for y_TO, part_TC, b_CO in zip(outputs, parts, packed.b_CO, strict=True):
-        y_TO.addmm_(part_TC, b_CO)
-
-
-def row_weights(stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> Tensor:
-    """What rows of A count for every token: weight times scale of their pair, 0 where the token does not use it.
-
-    Returns:
-        weights_TW1: One for each of the C rows, or one for each pair where all pairs have as many rows.
-    """
+def _row_weights(stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> Tensor:
+    """What rows of A count for every token: weights_TC, weight times scale of their pair, 0 where it is not used."""
     tokens, linears = ids_TNK.shape[:2]
-    pair_of_C, pairs = _packed(stack).pair_of_C, stack.scales_NE.numel()
     weights_TNE = weights_TNK.new_zeros(tokens, linears, stack.num_experts)
     # An empty slot points at expert 0 with weight 0 and adds nothing.
     weights_TNE.scatter_add_(2, ids_TNK.clamp_min(0), weights_TNK).mul_(stack.scales_NE)
-    weights_TP = weights_TNE.view(tokens, pairs)
-    alike = len(pair_of_C) == pairs * stack.max_rank
-    return (weights_TP if alike else weights_TP.index_select(1, pair_of_C))[:, :, None]
+    return weights_TNE.flatten(1).index_select(1, _packed(stack).pair_of_C)
 
 
 def _packed(stack: LoraStack) -> Packed:

@@ -1,7 +1,8 @@
 """Which regime and which operators serve a stack: a pure function of its size, the pass and the device, by a table.
 
 The regime depends on the stack alone: a token's result must not depend on how many others there are. On a GPU the
-operators are Triton kernels, elsewhere torch. Kernels are imported where they run, and only there.
+operators are Triton kernels. On a CPU they are one compiled operation, or torch where gradients are wanted or nothing
+can be compiled. Kernels are imported where they run, and only there.
 
 Shapes: T tokens, N linears that share one input, K slots, E experts, P = N * E gate rows.
 """
@@ -14,10 +15,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from meteora_kernels.gate.choice import Chosen, GateChoice
 from meteora_kernels.launch import Launch, launch_of, tiles_of
 from meteora_kernels.routed_lora import grouped
+from meteora_kernels.routed_lora.cpu import operators as cpu
 from meteora_kernels.routed_lora.dense import pack, routed_lora_dense
 from meteora_kernels.routed_lora.stack import LoraStack, with_room
 from meteora_kernels.routed_lora.tables import Tables, tables_of
@@ -62,6 +65,11 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def runs_compiled(stack: LoraStack) -> bool:
+    """Whether the stack is served by what is compiled for this CPU."""
+    return stack.tables is not None and stack.scales_NE.device.type == "cpu"
+
+
 def arrange(stack: LoraStack) -> LoraStack:
     """The stack as its regime wants it: packed when it is small and made of whole pairs, as it is otherwise.
 
@@ -74,13 +82,12 @@ def arrange(stack: LoraStack) -> LoraStack:
 
 
 def located(stack: LoraStack) -> LoraStack:
-    """The stack with tables for kernels, where these run: its matrices stay where they are from now on."""
+    """The stack with tables for what reads it by address, if anything does: its matrices stay where they are."""
     device = stack.scales_NE.device
-    return (
-        replace(stack, tables=tables_of(stack, tiles_of(device_name(device)).outputs))
-        if runs_kernels(device)
-        else stack
-    )
+    on_cpu = device.type == "cpu" and stack.whole and stack.dtype in cpu.DTYPES and cpu.available()
+    if not (on_cpu or runs_kernels(device)):
+        return stack
+    return replace(stack, tables=tables_of(stack, tiles_of(device_name(device)).outputs))
 
 
 def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
@@ -89,6 +96,9 @@ def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Te
         from meteora_kernels.routed_lora import operators
 
         return operators.routed_lora(x_TH, stack, _tables(stack), ids_TNK, weights_TNK, _launch(x_TH))
+    learns = torch.is_grad_enabled() and (x_TH.requires_grad or weights_TNK.requires_grad)
+    if runs_compiled(stack) and x_TH.dtype == stack.dtype and not learns:
+        return cpu.routed_lora(x_TH, stack, ids_TNK, weights_TNK)
     operator = grouped.routed_lora_grouped if stack.packed is None else routed_lora_dense
     return operator(x_TH, stack, ids_TNK, weights_TNK)
 
@@ -112,10 +122,15 @@ def expand(shrunk_TNKR: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: 
 
 
 def gate_logits(x_TH: Tensor, gate_PH: Tensor) -> Tensor:
-    """fp32 logits [T, P] where kernels run; each row the same whatever the others are."""
-    from meteora_kernels.projection.kernel import gate_logits
+    """fp32 logits [T, P]; each row the same whatever the others are, except by torch."""
+    if runs_kernels(x_TH.device):
+        from meteora_kernels.projection.kernel import gate_logits
 
-    return gate_logits(x_TH, gate_PH, replace(_launch(x_TH), planes=1))
+        return gate_logits(x_TH, gate_PH, replace(_launch(x_TH), planes=1))
+    learns = torch.is_grad_enabled() and (x_TH.requires_grad or gate_PH.requires_grad)
+    if learns or not cpu.available():
+        return linear(x_TH.float(), gate_PH)
+    return cpu.gate_logits(x_TH, gate_PH)
 
 
 def choose(logits_TNE: Tensor, choice: GateChoice) -> Chosen:
