@@ -129,12 +129,18 @@ class GateObjective(Objective):
         return found
 
     def _route(self, batch: Batch) -> StepRouting:
+        """Forced tokens run with the expert that their gates are to name, which is that of the next token."""
         auto = RoutingChoice(top_k=self.settings.top_k)
-        pairs = zip(batch.experts, batch.forced, strict=True)
-        choices = [named(expert) if forced else auto for expert, forced in pairs]
+        choices, lengths = [], []
+        for experts_L, forced in zip(batch.experts_BL.cpu(), batch.forced, strict=True):
+            if not forced:
+                choices, lengths = [*choices, auto], [*lengths, len(experts_L)]
+                continue
+            runs = torch.cat([experts_L[1:], experts_L[-1:]]).unique_consecutive(return_counts=True)
+            for expert, length in zip(*(run.tolist() for run in runs), strict=True):
+                choices, lengths = [*choices, named(expert)], [*lengths, length]
         experts = len(self._experts)
         with batch.ids_BL.device:
-            lengths = [batch.ids_BL.shape[1]] * len(choices)
             return plan_step(choices, lengths, experts, slots_of(choices, experts))
 
     def _pass(self, batch: Batch) -> Tensor | None:

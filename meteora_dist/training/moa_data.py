@@ -146,7 +146,7 @@ def read_domains(
         parts = []
         for part in split(read_task(path)):
             texts = [encode(tokenizer, row) for row in part]
-            encoded = [DomainRow(tuple(one.prompt_ids), tuple(one.answer_ids), expert) for one in texts]
+            encoded = [DomainRow(tuple(one.prompt), tuple(one.answer), expert) for one in texts]
             parts.append(tuple(row for row in encoded if row.length <= max_tokens))
             skipped += len(encoded) - len(parts[-1])
         training[expert], held_out[expert] = parts

@@ -64,7 +64,10 @@ class GateSettings(StrictModel):
         lm: Whether L_LM counts.
         count_prompt: Whether prompt positions count, in both losses.
         top_k: Experts of a token that the gates route.
-        teacher_forced: Share of the sequences that run with their own expert; the gates route the others.
+        teacher_forced: Share of the sequences that run with their own experts; the gates route the others.
+        composites: Share of the sequences, on average, that ask rows of several experts in one; each token then has
+            the label of its part.
+        composite_parts: Most rows in one of them; their number is drawn evenly from 2 on.
         lora_dropout: Dropout before the adapters, not before the gates.
         lora_learning_rate: Trains the adapters as well, at this peak rate; None keeps them frozen.
         init: What untrained gate rows start from: zeros (L_gate is ln E), or normal(0, 1) as in the paper.
@@ -81,6 +84,8 @@ class GateSettings(StrictModel):
     count_prompt: bool = True
     top_k: PositiveInt = 2
     teacher_forced: Share = 0.0
+    composites: Share = 0.0
+    composite_parts: Annotated[int, Field(ge=2)] = 3
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora_learning_rate: PositiveFloat | None = None
     init: Literal["zeros", "normal"] = "zeros"
