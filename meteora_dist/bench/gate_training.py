@@ -100,7 +100,7 @@ def _ways(plan: GateTrainingPlan, bank: Bank) -> list[Callable[[], None]]:
 
 
 def _loss_of(objective: GateObjective, batch: Batch) -> Callable[[], Tensor]:
-    return lambda: objective(batch, 1 / batch.counted)[0]
+    return lambda: objective(batch, (1 / batch.counted,))[0]
 
 
 def _step(parameters: list[nn.Parameter], loss: Callable[[], Tensor]) -> Callable[[], None]:

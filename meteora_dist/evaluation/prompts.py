@@ -37,7 +37,8 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, offsets: bool = False) -> BatchEncoding:
     """The tokens of a ``prompt_text``; a chat template has written its special ones already."""
     special = tokenizer.chat_template is None
-    return tokenizer(text, add_special_tokens=special, return_offsets_mapping=offsets)
+    tokens: BatchEncoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=offsets)
+    return tokens
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> tuple[int, ...]:

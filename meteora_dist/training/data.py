@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,10 +88,18 @@ class Batch:
         """The id of every token, [B, L], ``IGNORE`` where it does not count."""
         return self.ids_BL.masked_fill(~self.counted_BL, IGNORE)
 
+    def rows(self, kept_K: Tensor) -> Batch:
+        """The same with these sequences alone."""
+        return self._each(lambda of_BL: of_BL[kept_K], tuple(self.forced[k] for k in kept_K.tolist()))
+
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``."""
-        tensors = (self.ids_BL, self.mask_BL, self.counted_BL, self.experts_BL)
-        return Batch(*(tensor.to(device) for tensor in tensors), self.forced)
+        return self._each(lambda of_BL: of_BL.to(device), self.forced)
+
+    def _each(self, change: Callable[[Tensor], Tensor], forced: tuple[bool, ...]) -> Batch:
+        return Batch(
+            change(self.ids_BL), change(self.mask_BL), change(self.counted_BL), change(self.experts_BL), forced
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> Halves:

@@ -57,7 +57,7 @@ def composite(forced: bool) -> Batch:
 
 
 def mean_loss(objective: GateObjective, of: Batch) -> Tensor:
-    return objective(of, 1 / of.counted)[0]
+    return objective(of, (1 / of.counted,))[0]
 
 
 def gate_gradients(objective: GateObjective) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ def test_layers_run_again_in_the_backward_pass_change_nothing(made: Made) -> Non
 def test_a_forced_sequence_runs_with_its_own_expert(made: Made, tiny_base: Path, tiny_bank: Bank) -> None:
     # One expert a token, and gates that always say the right one: the twin then does what is forced here.
     objective = made(top_k=1)
-    losses = [float(objective(batch(forced=True), 1.0)[1]["lm_loss"])]
+    losses = [float(objective(batch(forced=True), (1.0,))[1]["lm_loss"])]
     twin = LoopModel(load_tiny_llama(tiny_base), tiny_bank, 1, torch.float32)
     total, whole = 0.0, batch()
     for expert in range(EXPERTS):
@@ -175,7 +175,7 @@ def _logits(objective: GateObjective, of: Batch) -> Tensor:
     """The model's, as the objective routes it."""
     seen: list[Tensor] = []
     hook = objective.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.detach()))
-    objective(of, 1.0)
+    objective(of, (1.0,))
     hook.remove()
     return seen[0]
 
@@ -212,13 +212,16 @@ def test_joint_training_has_gradients_for_every_adapter(made: Made) -> None:
     gates, adapters = objective.parameter_groups()
     assert (gates.learning_rate, adapters.learning_rate) == (None, 7e-5)
     mean_loss(objective, batch(forced=True)).backward()
-    assert all(float(matrix.grad.norm()) > 0 for matrix in adapters.parameters)
+    assert len(adapters.parameters) == len(objective._taps)
+    for tap in objective._taps:
+        for n, expert, *pair in tap.group._matrices(tap.group.lora.grad):
+            assert all(float(grad.norm()) > 0 for grad in pair), (tap.names[n], expert)
 
 
 def test_dropout_is_on_the_adapters_and_not_on_the_gates(made: Made) -> None:
     plain, dropped = made(objective="local", lm=False), made(objective="local", lm=False, lora_dropout=0.5)
     first = next(iter(plain.gates))
-    losses = [objective.train()(batch(), 1.0)[1]["gate_loss"] for objective in (plain, dropped)]
+    losses = [objective.train()(batch(), (1.0,))[1]["gate_loss"] for objective in (plain, dropped)]
     assert losses[0][plain.gates.index(first)] == losses[1][plain.gates.index(first)]
     assert losses[0][-1] != losses[1][-1]
-    torch.testing.assert_close(dropped.eval()(batch(), 1.0)[1]["gate_loss"], losses[0])
+    torch.testing.assert_close(dropped.eval()(batch(), (1.0,))[1]["gate_loss"], losses[0])
