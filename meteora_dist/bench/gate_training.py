@@ -100,7 +100,7 @@ def _ways(plan: GateTrainingPlan, bank: Bank) -> list[Callable[[], None]]:
 
 
 def _loss_of(objective: GateObjective, batch: Batch) -> Callable[[], Tensor]:
-    return lambda: objective(batch, 1 / batch.counted)[0]
+    return lambda: objective(batch, (1 / batch.counted,))[0]
 
 
 def _step(parameters: list[nn.Parameter], loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -119,5 +119,5 @@ def _batch(plan: GateTrainingPlan) -> Batch:
     """Random tokens, every sequence of another expert, all routed by the gates."""
     ids_BL = torch.randint(250, (plan.sequences, plan.length), generator=torch.Generator().manual_seed(0))
     mask_BL = torch.ones_like(ids_BL)
-    experts = tuple(index % plan.experts for index in range(plan.sequences))
-    return Batch(ids_BL, mask_BL, mask_BL.bool(), experts, (False,) * plan.sequences)
+    experts_BL = (torch.arange(plan.sequences) % plan.experts)[:, None].expand_as(ids_BL)
+    return Batch(ids_BL, mask_BL, mask_BL.bool(), experts_BL, (False,) * plan.sequences)

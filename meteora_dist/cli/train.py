@@ -10,13 +10,14 @@ import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from meteora_dist.bank import Bank
 from meteora_dist.cli.train_display import following, held_out_line, last_metrics
 from meteora_dist.cli.train_options import read_options
 from meteora_dist.training.fleet import Fleet, run_fleet
 from meteora_dist.training.gate_run import GateRequest, GateTraining
-from meteora_dist.training.gate_worker import train_gates
-from meteora_dist.training.here import Work, run_here
-from meteora_dist.training.settings import GateSettings
+from meteora_dist.training.here import run_here
+from meteora_dist.training.settings import GateSettings, Run
+from meteora_dist.training.worker import train
 
 Options = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of docs/training.md; repeat for several.")]
 OptionsFile = Annotated[Path | None, typer.Option("--config", help="YAML file of such options; --set goes first.")]
@@ -67,29 +68,25 @@ def gates(
         )
     )
     if not training.done:
-        do(partial(train_gates, training.run), training.run.folder, loop.steps, Fleet(workers, gpu, cpus, restarts))
-    finished = training.publish()
-    console = Console()
-    if said := held_out_line(last_metrics(training.run.folder)):
-        console.print(f"held-out rows: {said}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{finished.path}: {len(finished.names)} experts, {len(finished.linears)} gates",
-        highlight=False,
-        soft_wrap=True,
-    )
+        do(training.run, Fleet(workers, gpu, cpus, restarts))
+    say(training.run, training.publish())
 
 
-def do(work: Work, folder: Path, steps: int, fleet: Fleet) -> None:
-    """Lets the workers do their work, and shows how far they are.
-
-    Args:
-        work: What each of them does.
-        folder: Of the run.
-        steps: How many there are.
-        fleet: The workers; none for this process alone.
-    """
-    with following(folder, steps):
+def do(run: Run, fleet: Fleet) -> None:
+    """Lets the workers do their work, and shows how far they are; without a worker this process does it alone."""
+    work = partial(train, run)
+    with following(run.folder, run.loop.steps):
         if fleet.workers:
-            run_fleet(work, folder, fleet)
+            run_fleet(work, run.folder, fleet)
         else:
-            run_here(work, folder)
+            run_here(work, run.folder)
+
+
+def say(run: Run, bank: Bank) -> None:
+    """Says what the run ended with, and what the bank has."""
+    console = Console()
+    if said := held_out_line(last_metrics(run.folder)):
+        console.print(f"held-out rows: {said}", highlight=False, soft_wrap=True)
+    has = f"{len(bank.names)} experts, {len(bank.linears)} gates"
+    has += f", {len(bank.router_layers)} routers" if bank.manifest.routers else ""
+    console.print(f"{bank.path}: {has}", highlight=False, soft_wrap=True)

@@ -85,12 +85,17 @@ def compose(tasks: Sequence[Task], n: int, count: int, shots: int, seed: int) ->
 def question(rows: Sequence[TaskRow]) -> str:
     """The user turn of several sub-questions."""
     head = f"Answer these {len(rows)} questions. Give each answer its question's number, on a line of its own."
-    return f"{head}\n\n" + "\n\n".join(f"{number}. {row.prompt}" for number, row in enumerate(rows, 1))
+    return "\n\n".join([head, *items([row.prompt for row in rows])])
 
 
 def numbered(answers: Sequence[str]) -> str:
     """Answers as a model should give them."""
-    return "\n".join(f"{number}. {answer}" for number, answer in enumerate(answers, 1))
+    return "\n".join(items(answers))
+
+
+def items(texts: Sequence[str]) -> list[str]:
+    """The texts with their numbers, as they stand in a question and in its answer."""
+    return [f"{number}. {text}" for number, text in enumerate(texts, 1)]
 
 
 def parse_numbered(text: str, n: int) -> list[str]:

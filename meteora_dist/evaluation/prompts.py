@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from meteora_dist.errors import ModelError
 from meteora_dist.evaluation.tasks import TaskRow
@@ -20,8 +20,8 @@ def open_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> tuple[int, ...]:
-    """Token ids of a conversation up to where its next answer starts.
+def prompt_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str:
+    """A conversation up to where its next answer starts; see ``prompt_tokens``.
 
     Args:
         tokenizer: Of the model.
@@ -29,11 +29,21 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> tupl
             ``[INST] question [/INST]``, a line break, and the answer, as in the data of arXiv 2405.13053.
     """
     if tokenizer.chat_template is None:
-        text = "".join(f"{turn}\n" if index % 2 else f"[INST] {turn} [/INST]\n" for index, turn in enumerate(turns))
-        return tuple(tokenizer(text).input_ids)
+        return "".join(f"{turn}\n" if index % 2 else f"[INST] {turn} [/INST]\n" for index, turn in enumerate(turns))
     messages = [{"role": "assistant" if index % 2 else "user", "content": turn} for index, turn in enumerate(turns)]
-    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, offsets: bool = False) -> BatchEncoding:
+    """The tokens of a ``prompt_text``; a chat template has written its special ones already."""
+    special = tokenizer.chat_template is None
+    tokens: BatchEncoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=offsets)
+    return tokens
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> tuple[int, ...]:
+    """Token ids of a conversation up to where its next answer starts; arguments as in ``prompt_text``."""
+    return tuple(prompt_tokens(tokenizer, prompt_text(tokenizer, turns)).input_ids)
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,11 +26,16 @@ from meteora_dist.evaluation.tasks import TaskRow, json_lines
 from meteora_dist.training.gate_loss import IGNORE
 
 
-class Encoded(NamedTuple):
-    """Token ids of a prompt and of what follows it."""
+class Halves(NamedTuple):
+    """Something of every token of a prompt, and of what follows it: its id, or the expert it belongs to."""
 
-    prompt_ids: list[int]
-    answer_ids: list[int]
+    prompt: list[int]
+    answer: list[int]
+
+    def cut(self, most: int) -> Halves:
+        """At most so many tokens: the beginning of the prompt goes, and of an answer that is too long its end."""
+        answer = self.answer[: most - 1] if self.prompt else self.answer[:most]
+        return Halves(self.prompt[-(most - len(answer)) :] if self.prompt else [], answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +43,14 @@ class Sample:
     """One sequence of a step.
 
     Attributes:
-        encoded: Its tokens.
-        expert: Index of the expert it belongs to.
-        forced: Whether it runs with that expert; otherwise the gates route it.
+        ids: Its tokens.
+        experts: Index of the expert that each token belongs to.
+        forced: Whether tokens run with those experts; otherwise the gates route them.
         real: Whether it counts; fills up batches where it does not.
     """
 
-    encoded: Encoded
-    expert: int
+    ids: Halves
+    experts: Halves
     forced: bool
     real: bool = True
 
@@ -58,14 +63,14 @@ class Batch:
         ids_BL: Token ids, padded on the right.
         mask_BL: 1 for a token, 0 for padding.
         counted_BL: Whether a token counts as a label.
-        experts: The expert of each sequence.
-        forced: Whether each sequence runs with its own expert; otherwise the gates route it.
+        experts_BL: The expert each token belongs to; anything for padding.
+        forced: Whether each sequence runs with its own experts; otherwise the gates route it.
     """
 
     ids_BL: Tensor
     mask_BL: Tensor
     counted_BL: Tensor
-    experts: tuple[int, ...]
+    experts_BL: Tensor
     forced: tuple[bool, ...]
 
     @property
@@ -76,23 +81,30 @@ class Batch:
     @property
     def expert_labels(self) -> Tensor:
         """The expert of every token, [B, L], ``IGNORE`` where it does not count."""
-        labels_B1 = torch.tensor(self.experts, device=self.ids_BL.device)[:, None]
-        return labels_B1.expand_as(self.ids_BL).masked_fill(~self.counted_BL, IGNORE)
+        return self.experts_BL.masked_fill(~self.counted_BL, IGNORE)
 
     @property
     def token_labels(self) -> Tensor:
         """The id of every token, [B, L], ``IGNORE`` where it does not count."""
         return self.ids_BL.masked_fill(~self.counted_BL, IGNORE)
 
+    def rows(self, kept_K: Tensor) -> Batch:
+        """The same with these sequences alone."""
+        return self._each(lambda of_BL: of_BL[kept_K], tuple(self.forced[k] for k in kept_K.tolist()))
+
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``."""
-        tensors = (self.ids_BL.to(device), self.mask_BL.to(device), self.counted_BL.to(device))
-        return Batch(*tensors, self.experts, self.forced)
+        return self._each(lambda of_BL: of_BL.to(device), self.forced)
+
+    def _each(self, change: Callable[[Tensor], Tensor], forced: tuple[bool, ...]) -> Batch:
+        return Batch(
+            change(self.ids_BL), change(self.mask_BL), change(self.counted_BL), change(self.experts_BL), forced
+        )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> Halves:
     """The tokens of a row as it is asked in evaluation, and of its answer with its end."""
-    return Encoded(list(prompt_ids(tokenizer, [row.prompt])), list(answer_ids(tokenizer, row.target)))
+    return Halves(list(prompt_ids(tokenizer, [row.prompt])), list(answer_ids(tokenizer, row.target)))
 
 
 def read_texts(path: Path) -> list[str]:
@@ -114,17 +126,19 @@ def read_texts(path: Path) -> list[str]:
 
 def collate(sequences: Sequence[Sample], pad_id: int, count_prompt: bool) -> Batch:
     """Pads sequences on the right to the longest of them."""
-    length = max(len(ids) + len(answer) for ids, answer in (one.encoded for one in sequences))
+    length = max(len(one.ids.prompt) + len(one.ids.answer) for one in sequences)
     ids_BL = torch.full((len(sequences), length), pad_id)
     mask_BL = torch.zeros(len(sequences), length, dtype=torch.long)
     counted_BL = torch.zeros(len(sequences), length, dtype=torch.bool)
+    experts_BL = torch.zeros(len(sequences), length, dtype=torch.long)
     for b, one in enumerate(sequences):
-        ids = [*one.encoded.prompt_ids, *one.encoded.answer_ids]
+        ids, experts = ([*half.prompt, *half.answer] for half in (one.ids, one.experts))
         ids_BL[b, : len(ids)] = torch.tensor(ids)
         mask_BL[b, : len(ids)] = 1
-        counted_BL[b, 0 if count_prompt else len(one.encoded.prompt_ids) : len(ids)] = one.real
-    experts, forced = (one.expert for one in sequences), (one.forced for one in sequences)
-    return Batch(ids_BL, mask_BL, counted_BL, tuple(experts), tuple(forced))
+        counted_BL[b, 0 if count_prompt else len(one.ids.prompt) : len(ids)] = one.real
+        experts_BL[b, : len(ids)] = torch.tensor(experts)
+        experts_BL[b, len(ids) :] = experts[-1]
+    return Batch(ids_BL, mask_BL, counted_BL, experts_BL, tuple(one.forced for one in sequences))
 
 
 class Order:
@@ -161,6 +175,6 @@ class Order:
 
 
 def is_forced(place: int, experts: int, share: float) -> bool:
-    """Whether the sequence at a place runs with its own expert: ``share`` of any expert's, evenly spread over them."""
+    """Whether the sequence at a place runs with its own experts: ``share`` of any expert's, evenly spread over them."""
     turn = sum(divmod(place, experts))
     return math.floor((turn + 1) * share) > math.floor(turn * share)

@@ -10,7 +10,7 @@ Shapes: B sequences, L positions, T = B * L, G gates, E experts, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class GateObjective(Objective):
         training = GroupTraining(
             trained=trained,
             local=settings.objective == "local",
-            joint=settings.lora_learning_rate is not None,
+            experts=tuple(range(len(bank.names))) if settings.lora_learning_rate is not None else (),
             lora_dropout=settings.lora_dropout,
             prototype_E=prototypes,
         )
@@ -74,7 +74,11 @@ class GateObjective(Objective):
         self._experts = bank.names
         self._beta = 1.0 if training.local else settings.beta
 
-    def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Sums]:
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        """See ``Objective``: positions."""
+        return (batch.counted,)
+
+    def forward(self, batch: Batch, scales: Sequence[float]) -> tuple[Tensor, Sums]:
         """See ``Objective``."""
         under_way = Pass(self._route(batch), shifted_labels(batch.expert_labels).flatten())
         for tap in self._taps:
@@ -92,16 +96,13 @@ class GateObjective(Objective):
         if lm is not None:
             loss = loss + lm
             sums["lm_loss"] = lm.detach()[None]
-        return scale * loss, sums
+        return scales[0] * loss, sums
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """See ``Objective``: the gates at the loop's rate, the adapters at their own."""
         found = [ParameterGroup([tap.group.trained_NAH for tap in self._taps])]
-        pairs = [pair for tap in self._taps for _, _, *pair in tap.group.experts()]
-        if pairs:
-            matrices = [matrix for pair in pairs for matrix in pair]
-            found.append(ParameterGroup(matrices, self.settings.lora_learning_rate))
-        return found
+        loras = [tap.group.lora for tap in self._taps if tap.group.lora is not None]
+        return [*found, ParameterGroup(loras, self.settings.lora_learning_rate)] if loras else found
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """See ``Objective``: loss, its terms, and each gate's cross-entropy and accuracy by layer and by linear."""
@@ -123,18 +124,23 @@ class GateObjective(Objective):
         for tap in self._taps:
             rows_NAH = gather(tap.group.trained_NAH).cpu()
             found |= {f"gate.{name}": rows_AH.clone() for name, rows_AH in zip(tap.names, rows_NAH, strict=True)}
-            for linear, expert, a_RH, b_RO in tap.group.experts():
-                found[f"lora.{self._experts[expert]}.{linear}.a"] = gather(a_RH).cpu().clone()
-                found[f"lora.{self._experts[expert]}.{linear}.b"] = gather(b_RO).cpu().T.contiguous()
+            found |= tap.group.export(self._experts, gather)
         return found
 
     def _route(self, batch: Batch) -> StepRouting:
+        """Forced tokens run with the expert that their gates are to name, which is that of the next token."""
         auto = RoutingChoice(top_k=self.settings.top_k)
-        pairs = zip(batch.experts, batch.forced, strict=True)
-        choices = [named(expert) if forced else auto for expert, forced in pairs]
+        choices: list[RoutingChoice] = []
+        lengths: list[int] = []
+        for experts_L, forced in zip(batch.experts_BL.cpu(), batch.forced, strict=True):
+            if not forced:
+                choices, lengths = [*choices, auto], [*lengths, len(experts_L)]
+                continue
+            runs = torch.cat([experts_L[1:], experts_L[-1:]]).unique_consecutive(return_counts=True)
+            for expert, length in zip(*(run.tolist() for run in runs), strict=True):
+                choices, lengths = [*choices, named(expert)], [*lengths, length]
         experts = len(self._experts)
         with batch.ids_BL.device:
-            lengths = [batch.ids_BL.shape[1]] * len(choices)
             return plan_step(choices, lengths, experts, slots_of(choices, experts))
 
     def _pass(self, batch: Batch) -> Tensor | None:

@@ -15,22 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meteora_dist.adapters import Adapter, read_adapter
-from meteora_dist.adapters.write import write_changed, write_null
+from meteora_dist.adapters.write import write_null
 from meteora_dist.bank import Bank, BankEdit, NewExpert, RoutingDefaults, edit_bank, fingerprint, write_bank
 from meteora_dist.bank.gates import model_order
 from meteora_dist.bank.write import check_new
 from meteora_dist.errors import InvalidRequest, TrainingError
 from meteora_dist.model.fit import check_adapters
 from meteora_dist.training.data import read_texts
-from meteora_dist.training.gate_worker import TRAINED_FILE
-from meteora_dist.training.run_folder import claim
+from meteora_dist.training.run_folder import REPORT_ONLY, TRAINED_FILE, claim
 from meteora_dist.training.settings import GateRun, GateSettings, LoopSettings, Source
 from meteora_dist.training.sources import find_adapters, find_sources
+from meteora_dist.training.trained_experts import write_trained_adapter
 
 NULL_EXPERT = "null"
 """The expert that adds nothing, for text that belongs to no other one."""
-
-_REPORT_ONLY = {"log_every", "checkpoint_every", "evaluate_every", "threads"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +88,8 @@ class GateTraining:
         if request.unlabelled is not None:
             read_texts(request.unlabelled)
             sources += (Source.of(NULL_EXPERT, request.unlabelled, unlabelled=True),)
+        if request.gates.composites and sum(not source.unlabelled for source in sources) < 2:
+            raise TrainingError("composites ask rows of several experts in one: they need two data sets at least")
         claim(request.folder, self._recipe(sources))
         if request.unlabelled is not None:
             self._adapters[NULL_EXPERT] = self._null([*old.values(), *self._adapters.values()])
@@ -157,7 +157,7 @@ class GateTraining:
             "adapters": {name: adapter.digest for name, adapter in self._adapters.items()},
             "data": {source.expert: source.sha256 for source in sources},
             "bank": None if old is None else [old.manifest.gate_digest, *old.digests],
-            "loop": request.loop.model_dump(mode="json", exclude=_REPORT_ONLY),
+            "loop": request.loop.model_dump(mode="json", exclude=REPORT_ONLY),
             "gates": request.gates.model_dump(mode="json"),
         }
 
@@ -204,11 +204,8 @@ class GateTraining:
         """Folder of every trained expert's adapter: its own, or one with the matrices that were trained."""
         if self._request.gates.lora_learning_rate is None:
             return {name: adapter.path for name, adapter in self._adapters.items()}
-        folders = {}
-        for name, adapter in self._adapters.items():
-            pairs = {
-                linear: (trained[f"lora.{name}.{linear}.a"], trained[f"lora.{name}.{linear}.b"])
-                for linear in adapter.shapes
-            }
-            folders[name] = write_changed(adapter, self.run.folder / "adapters" / name, pairs)
-        return folders
+        folder = self.run.folder / "adapters"
+        return {
+            name: write_trained_adapter(folder / name, name, adapter, trained)
+            for name, adapter in self._adapters.items()
+        }

@@ -33,7 +33,8 @@ class MetricsWriter:
     def resumed(self, step: int) -> None:
         """Forgets what was reported after ``step``: those steps are made once more."""
         if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            # What is reported at step 0 is reported again by a run that begins again.
+            lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step > 0]
             self._path.write_text("".join(f"{line}\n" for line in lines))
         # TensorBoard then drops what older files say of later steps; a file of the same second would be the same one.
         self._writer = SummaryWriter(str(self._events), purge_step=step + 1, filename_suffix=f".{step}")

@@ -100,6 +100,8 @@ class Loop:
         """
         settings = self._settings
         start = self._resume()
+        if start == 0 and settings.evaluate_every:
+            self._report(0, self._held_out())
         self._logged = time.monotonic(), start
         for step in range(start, settings.steps):
             self.step(step)
@@ -119,18 +121,18 @@ class Loop:
         # Dropout depends on the step, not on what has run before it.
         torch.manual_seed(hash((self._settings.seed, step, self._rank)))
         batches = self._data.training(step, self._rank, self._world)
-        scale = len(batches) * self._world / max(1, self._counted(batches))
+        scales = self.scales(batches)
         for batch in batches:
-            loss, sums = self.engine(batch.to(self._device), scale)
+            loss, sums = self.engine(batch.to(self._device), scales)
             self.engine.backward(loss)
             self.engine.update()
             self._meter.add(sums)
 
-    def _counted(self, batches: list[Batch]) -> int:
-        """Positions that count in a step, on all workers."""
-        counted = torch.tensor([sum(batch.counted for batch in batches)], device=self._device)
-        dist.all_reduce(counted)
-        return int(counted)
+    def scales(self, batches: list[Batch]) -> tuple[float, ...]:
+        """What the objective's sums weigh in a step of which these are this worker's batches. Collective."""
+        counts = torch.tensor([self._objective.counts(batch) for batch in batches], device=self._device).sum(0)
+        dist.all_reduce(counts)
+        return tuple(len(batches) * self._world / max(1, count) for count in counts.tolist())
 
     def _log(self, done: int, evaluate: bool) -> None:
         metrics = self._objective.metrics(self._meter.total())
@@ -140,11 +142,15 @@ class Loop:
             "gradient_norm": self.engine.gradient_norm,
             "seconds_per_step": (time.monotonic() - since) / (done - before),
         }
-        if evaluate:
-            metrics |= {f"held_out/{name}": value for name, value in self.evaluate().items()}
-        if self._rank == 0:
-            self._keeper.report(done, metrics)
+        self._report(done, metrics | (self._held_out() if evaluate else {}))
         self._logged = time.monotonic(), done
+
+    def _held_out(self) -> dict[str, float]:
+        return {f"held_out/{name}": value for name, value in self.evaluate().items()}
+
+    def _report(self, done: int, metrics: Mapping[str, float]) -> None:
+        if self._rank == 0 and metrics:
+            self._keeper.report(done, metrics)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics over the held-out rows; empty without any. Collective."""
@@ -154,7 +160,8 @@ class Loop:
         meter = Meter()
         with self.engine.evaluating():
             for batch in batches:
-                meter.add(self.engine(batch.to(self._device), 0.0)[1])
+                nothing = (0.0,) * len(self._objective.counts(batch))
+                meter.add(self.engine(batch.to(self._device), nothing)[1])
         return self._objective.metrics(meter.total())
 
     def _resume(self) -> int:

@@ -4,67 +4,31 @@
 
 Every sequence runs with its own domain's expert, several domains in one pass. Only trained experts have parameters: the
 LoRAs and router rows of the others are buffers, and the sequences of their domains teach the trained rows what not to
-choose.
+choose. L_LM is the mean over the answers' tokens of trained experts, the routers' term the mean over sequences.
 
 Shapes: B sequences, L positions, D decoder layers, E experts, A of them trained, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from meteora_dist.bank import Bank
-from meteora_dist.bank.manifest import Pooling
-from meteora_dist.config import StrictModel
-from meteora_dist.moe.routed_model import RoutedModel
-from meteora_dist.moe.routers import Span, decoder_layers, pooled_states, router_logits
-from meteora_dist.moe.routing import named, plan_step
+from meteora_dist.moe.inject import inject
+from meteora_dist.moe.layer import RoutedGroup
+from meteora_dist.moe.routers import Span, decoder_layers, elect, pooled_states, router_logits
+from meteora_dist.moe.routing import StepRouting, named, plan_step
+from meteora_dist.training.data import Batch
 from meteora_dist.training.gate_loss import IGNORE, shifted_labels
-from meteora_dist.training.moa_data import DomainBatch
-
-
-class MoaSettings(StrictModel):
-    """What is learned, and from what.
-
-    Attributes:
-        eta: Weight of the routers' loss.
-        pooling: What of a prompt routers read; the bank will say so.
-        router_input: Whose hidden states routers learn from: the ``base`` model's, which is what they see when they
-            vote; or, in the one pass of the paper, those with the labelled ``expert`` at work, so that the routers'
-            loss reaches the LoRAs of the layers below as well.
-        train_loras: Whether the experts' matrices are trained; otherwise their routers alone.
-    """
-
-    eta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    pooling: Pooling = "last"
-    router_input: Literal["base", "expert"] = "base"
-    train_loras: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class MoaSums:
-    """What a batch comes to, sequence by sequence.
-
-    Attributes:
-        lm_B: Sum of the answer's cross-entropies in nats; 0 where no LoRA is trained.
-        tokens_B: Answer tokens in it.
-        router_B: The routers' cross-entropy, mean over layers, in nats.
-        right_DB: Whether each layer's router names the expert.
-        experts: The expert of each sequence.
-    """
-
-    lm_B: Tensor
-    tokens_B: Tensor
-    router_B: Tensor
-    right_DB: Tensor
-    experts: tuple[int, ...]
+from meteora_dist.training.objective import Gather, Objective, ParameterGroup, Sums
+from meteora_dist.training.settings import MoaSettings
+from meteora_dist.training.trained_experts import GroupExperts
 
 
 def router_losses(logits_DBE: Tensor, experts_B: Tensor) -> Tensor:
@@ -74,8 +38,40 @@ def router_losses(logits_DBE: Tensor, experts_B: Tensor) -> Tensor:
     return losses_DB.mean(0)
 
 
-class MoaObjective(nn.Module):
+class NamedExperts(GroupExperts):
+    """A group in which every token has the expert of its sequence."""
+
+    def forward(self, x_TH: Tensor, step: StepRouting) -> tuple[Tensor, ...]:
+        """The N deltas [T, O_n] of the linears' shared input."""
+        shape = (-1, len(self.names), -1)
+        return self.deltas(x_TH, step.ids_TK[:, None].expand(shape), step.weights_TK[:, None].expand(shape))
+
+
+class _Tap:
+    """What the linears get their deltas from; ``step`` is set before each pass, None for one without experts."""
+
+    def __init__(self, group: RoutedGroup, trained: Sequence[int]) -> None:
+        self.group = NamedExperts(group, trained)
+        self.step: StepRouting | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See ``RoutedGroup``."""
+        return self.group.names
+
+    def __call__(self, x_TH: Tensor) -> tuple[Tensor, ...] | None:
+        """See ``RoutedGroup.forward``."""
+        if self.step is None:
+            return None
+        deltas: tuple[Tensor, ...] = self.group(x_TH, self.step)
+        return deltas
+
+
+class MoaObjective(Objective):
     """A frozen base model with the experts of a bank; routers, and LoRAs if wanted, of the trained ones are parameters.
+
+    Held-out rows are judged as routers vote in use: on the base model's states; their language-model loss is that of
+    every expert, trained or not.
 
     Attributes:
         settings: What is learned.
@@ -86,167 +82,183 @@ class MoaObjective(nn.Module):
     frozen_DEH: Tensor
     absent_E: Tensor
 
-    def __init__(self, routed: RoutedModel, bank: Bank, trained: Sequence[int], settings: MoaSettings) -> None:
+    def __init__(
+        self, model: PreTrainedModel, bank: Bank, trained: Sequence[int], settings: MoaSettings, dtype: torch.dtype
+    ) -> None:
         """Starts from the bank as it is; an expert without router rows starts from zeros.
 
         Args:
-            routed: The bank's only generation, injected into a frozen base model in this process.
-            bank: The bank.
+            model: Frozen; changed in place.
+            bank: Experts, and routers if it has some.
             trained: Indices of the trained experts.
             settings: What is learned.
+            dtype: The experts compute in.
+
+        Raises:
+            CheckpointError: The bank does not fit the model.
         """
         super().__init__()
         self.settings = settings
         self.trained = tuple(sorted(trained))
-        self._routed = routed
-        router_DEH = _routers(routed, bank)
+        self._joint = settings.lora_learning_rate is not None
+        self._taps: list[_Tap] = []
+
+        def tapped(group: RoutedGroup) -> _Tap:
+            self._taps.append(_Tap(group, self.trained if self._joint else ()))
+            return self._taps[-1]
+
+        routed = inject(model, bank, dtype, before=tapped)
+        self.model = model
+        self.groups = nn.ModuleList(tap.group for tap in self._taps)
+        self._names = bank.names
+        self._layers = tuple(decoder_layers(model))
+        routers = next(iter(routed.routers.values()), None)
+        shape = len(self._layers), len(bank.names), model.config.get_text_config().hidden_size
+        router_DEH = torch.zeros(shape, device=model.device) if routers is None else routers.weights_LEH.clone()
         self.rows_DAH = nn.Parameter(router_DEH[:, list(self.trained)].clone())
         self.register_buffer("frozen_DEH", router_DEH)
         routable = {index for index, entry in enumerate(bank.manifest.experts) if entry.router == "trained"}
         absent = [index not in routable | set(self.trained) for index in range(len(bank.names))]
         self.register_buffer("absent_E", torch.tensor(absent, device=router_DEH.device))
-        self._pairs = nn.ParameterDict()
-        if settings.train_loras:
-            for key, matrix in self._trained_matrices():
-                self._pairs[key] = nn.Parameter(matrix.float().clone())
-        self._stacks = tuple(group.state.stack for group in routed.groups)
 
-    @property
-    def routers(self) -> Tensor:
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        """See ``Objective``: answer tokens of trained LoRAs, and sequences."""
+        tokens_B = _tokens(batch) * self._taught(batch)
+        return int(tokens_B.sum()), int(_real(batch).sum())
+
+    def forward(self, batch: Batch, scales: Sequence[float]) -> tuple[Tensor, Sums]:
+        """See ``Objective``."""
+        by_expert = self.settings.router_input == "expert" and self.training
+        real_B, taught_B = _real(batch), self._taught(batch) if self.training else _real(batch)
+        lm_B = taught_B.new_zeros(len(taught_B), dtype=torch.float32)
+        if by_expert:
+            lm_B, pooled_DBH = self._language_losses(batch, pooled=True)
+        else:
+            pooled_DBH = self._base_states(batch)
+            if self._joint or not self.training:
+                # Workers must make the same passes, so one without a row that counts passes one that does not.
+                kept_K = taught_B.nonzero()[:, 0] if taught_B.any() else taught_B.new_zeros(1, dtype=torch.long)
+                lm_B = lm_B.index_put((kept_K,), self._language_losses(batch.rows(kept_K))[0])
+        lm_B = lm_B * taught_B
+        logits_DBE = router_logits(pooled_DBH, self._routers()).masked_fill(self.absent_E, float("-inf"))
+        router_B = router_losses(logits_DBE, batch.experts_BL[:, 0]) * real_B
+        loss = scales[0] * lm_B.sum() + scales[1] * self.settings.eta * router_B.sum()
+        return loss, self._sums(batch, lm_B.detach(), taught_B, router_B.detach(), logits_DBE.argmax(-1))
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """See ``Objective``: router rows at the loop's rate, LoRAs at their own."""
+        found = [ParameterGroup([self.rows_DAH])]
+        loras = [tap.group.lora for tap in self._taps if tap.group.lora is not None]
+        return [*found, ParameterGroup(loras, self.settings.lora_learning_rate)] if loras else found
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """See ``Objective``: loss, its terms and how often the vote is right, by layer and by expert."""
+        rows_E, tokens_E = sums["rows_E"], sums["tokens_E"]
+        rows = rows_E.sum().clamp_min(1)
+        found = {"router_ce": float(sums["router_E"].sum() / rows)}
+        found["router_accuracy"] = float(sums["right_D"].mean() / rows)
+        found |= {f"{rule}_accuracy": float(sums[f"{rule}_E"].sum() / rows) for rule in ("majority", "last")}
+        found["loss"] = self.settings.eta * found["router_ce"]
+        if tokens_E.any():
+            found["lm_loss"] = float(sums["lm_E"].sum() / tokens_E.sum())
+            found["loss"] += found["lm_loss"]
+            perplexities = (sums["lm_E"] / tokens_E.clamp_min(1)).exp()[tokens_E > 0]
+            found["perplexity"] = float(perplexities.mean())
+        found |= {f"router_accuracy/layer/{d}": float(right / rows) for d, right in enumerate(sums["right_D"])}
+        for e in rows_E.nonzero()[:, 0].tolist():
+            part = f"expert/{self._names[e]}"
+            found |= {f"{name}/{part}": float(sums[f"{key}_E"][e] / rows_E[e]) for name, key in _BY_EXPERT.items()}
+            if tokens_E[e]:
+                found[f"perplexity/{part}"] = math.exp(float(sums["lm_E"][e] / tokens_E[e]))
+        return found
+
+    def export(self, gather: Gather) -> dict[str, Tensor]:
+        """See ``Objective``: ``router.<layer>`` [A, H], and trained pairs as ``GroupExperts.export`` names them."""
+        rows_DAH = gather(self.rows_DAH).cpu()
+        found = {f"router.{layer}": rows_AH.clone() for layer, rows_AH in zip(self._layers, rows_DAH, strict=True)}
+        for tap in self._taps:
+            found |= tap.group.export(self._names, gather)
+        return found
+
+    def _routers(self) -> Tensor:
         """The routers of all layers as they are now, [D, E, H], fp32."""
         return self.frozen_DEH.index_copy(1, torch.tensor(self.trained, device=self.rows_DAH.device), self.rows_DAH)
 
-    def router_parameters(self) -> list[nn.Parameter]:
-        """Trained router rows."""
-        return [self.rows_DAH]
+    def _taught(self, batch: Batch) -> Tensor:
+        """Whether the answer of a sequence counts: where its expert's LoRA is trained, [B]."""
+        experts = self.trained if self._joint else ()
+        return _real(batch) & torch.isin(batch.experts_BL[:, 0], batch.experts_BL.new_tensor(experts))
 
-    def lora_parameters(self) -> list[nn.Parameter]:
-        """Trained matrices; empty when LoRAs are not trained."""
-        return list(self._pairs.values())
-
-    def pair(self, linear: str, expert: int) -> tuple[Tensor, Tensor] | None:
-        """a_RH and b_OR, fp32, of a trained expert at a linear; None where they are not trained."""
-        for g, group in enumerate(self._routed.groups):
-            if linear in group.names:
-                names = [_key(g, expert, group.names.index(linear), which) for which in "ab"]
-                if names[0] in self._pairs:
-                    a_RH, b_RO = (self._pairs[name].detach() for name in names)
-                    return a_RH, b_RO.T
-        return None
-
-    def forward(self, batch: DomainBatch) -> MoaSums:
-        """What the batch comes to; gradients reach the parameters through ``lm_B`` and ``router_B``."""
-        by_expert = self.settings.router_input == "expert"
-        kept = [b for b, expert in enumerate(batch.experts) if by_expert or expert in self.trained]
-        lm_B, pooled_DBH = batch.ids_BL.new_zeros(len(batch.experts), dtype=torch.float32), None
-        if kept and (self.settings.train_loras or by_expert):
-            self.install()
-            own = batch.rows(kept)
-            lm_K, pooled_DBH = self.language_losses(own, pooled=by_expert)
-            lm_B = lm_B.index_put((torch.tensor(kept, device=lm_K.device),), lm_K)
-        if pooled_DBH is None:
-            pooled_DBH = self.base_states(batch)
-        logits_DBE = self.logits(pooled_DBH)
-        experts_B = torch.tensor(batch.experts, device=logits_DBE.device)
-        # Only sequences whose expert's LoRA is trained have a language-model loss.
-        taught_B = experts_B.new_tensor([self.settings.train_loras and e in self.trained for e in batch.experts])
-        tokens_B = taught_B * (batch.labels_BL[:, 1:] != IGNORE).sum(1)
-        right_DB = logits_DBE.detach().argmax(-1) == experts_B
-        return MoaSums(lm_B * taught_B, tokens_B, router_losses(logits_DBE, experts_B), right_DB, batch.experts)
-
-    def logits(self, pooled_DBH: Tensor) -> Tensor:
-        """logits_DBE, fp32; -inf for experts that have no rows and get none."""
-        return router_logits(pooled_DBH, self.routers).masked_fill(self.absent_E, float("-inf"))
-
-    def language_losses(self, batch: DomainBatch, pooled: bool = False) -> tuple[Tensor, Tensor | None]:
+    def _language_losses(self, batch: Batch, pooled: bool = False) -> tuple[Tensor, Tensor]:
         """Each sequence runs with its own expert.
 
         Returns:
-            Sum of every answer's cross-entropies [B], and the pooled router inputs [D, B, H] of the same pass, with
-            their gradient, if ``pooled``.
+            Sum of every answer's cross-entropies [B], and if ``pooled`` the router inputs [D, B, H] of the same pass,
+            with their gradient.
         """
-        choices = [named(expert) for expert in batch.experts]
+        choices = [named(expert) for expert in batch.experts_BL[:, 0].tolist()]
         length = batch.ids_BL.shape[1]
-        with torch.device(batch.ids_BL.device):
-            step = plan_step(choices, [length] * len(choices), self._routed.num_experts, 1)
+        with batch.ids_BL.device:
+            step = plan_step(choices, [length] * len(choices), len(self._names), 1)
         spans = self._spans(batch, length) if pooled else []
-        with self._routed.context.routed(step), pooled_states(self._routed.model, spans) as taken:
-            hidden_BLH = self._decode(batch.ids_BL, batch.mask_BL)
-        labels_BL = shifted_labels(batch.labels_BL)
+        with pooled_states(self.model, spans) as taken:
+            hidden_BLH = self._decode(batch.ids_BL, batch.mask_BL, step)
+        labels_BL = shifted_labels(batch.token_labels)
         answers_BL = labels_BL != IGNORE
-        logits_TV = self._routed.model.get_output_embeddings()(hidden_BLH[answers_BL]).float()
+        logits_TV = self.model.get_output_embeddings()(hidden_BLH[answers_BL]).float()
         losses_T = cross_entropy(logits_TV, labels_BL[answers_BL], reduction="none")
-        owners_T = answers_BL.nonzero()[:, 0]
-        lm_B = losses_T.new_zeros(len(choices)).index_add(0, owners_T, losses_T)
-        return lm_B, self._mean(torch.stack(taken), batch) if pooled else None
+        lm_B = losses_T.new_zeros(len(choices)).index_add(0, answers_BL.nonzero()[:, 0], losses_T)
+        return lm_B, self._mean(torch.stack(taken), batch) if pooled else losses_T.new_empty(0)
 
     @torch.no_grad()
-    def base_states(self, batch: DomainBatch) -> Tensor:
+    def _base_states(self, batch: Batch) -> Tensor:
         """The pooled router inputs [D, B, H] of the prompts, as they are when routers vote: no expert is at work."""
-        longest = max(batch.prompts)
-        with pooled_states(self._routed.model, self._spans(batch, longest)) as taken:
-            self._decode(batch.ids_BL[:, :longest], batch.mask_BL[:, :longest])
+        longest = int(_prompts(batch).max())
+        with pooled_states(self.model, self._spans(batch, longest)) as taken:
+            self._decode(batch.ids_BL[:, :longest], batch.mask_BL[:, :longest], None)
         return self._mean(torch.stack(taken), batch)
 
-    def install(self) -> None:
-        """Puts the trained matrices as they are now in force, in the dtype the experts were loaded in."""
-        if not self.settings.train_loras:
-            return
-        for g, (group, stack) in enumerate(zip(self._routed.groups, self._stacks, strict=True)):
-            experts = tuple(
-                tuple(
-                    part
-                    and replace(
-                        part,
-                        a_RH=self._now(_key(g, e, n, "a"), part.a_RH),
-                        b_RO=self._now(_key(g, e, n, "b"), part.b_RO),
-                    )
-                    for n, part in enumerate(expert)
-                )
-                for e, expert in enumerate(stack.experts)
-            )
-            group.state = replace(group.state, stack=replace(stack, experts=experts, packed=None, tables=None))
-
-    def _now(self, key: str, frozen: Tensor) -> Tensor:
-        """The trained matrix of this key; ``frozen`` where it is not trained."""
-        return self._pairs[key].to(frozen.dtype) if key in self._pairs else frozen
-
-    def _trained_matrices(self) -> Iterator[tuple[str, Tensor]]:
-        """The matrices of the trained experts with their keys."""
-        for g, group in enumerate(self._routed.groups):
-            for e in self.trained:
-                for n, part in enumerate(group.state.stack.experts[e]):
-                    if part is not None:
-                        yield _key(g, e, n, "a"), part.a_RH
-                        yield _key(g, e, n, "b"), part.b_RO
-
-    def _decode(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        decoder = self._routed.model.get_decoder()
-        embedded_BLH = self._routed.model.get_input_embeddings()(ids_BL)
-        # The first layer's experts are trained as well: routed linears take an input without gradient for inference.
-        embedded_BLH.requires_grad_(torch.is_grad_enabled() and bool(self._pairs))
-        hidden_BLH: Tensor = decoder(
-            inputs_embeds=embedded_BLH, attention_mask=mask_BL, use_cache=False
-        ).last_hidden_state
+    def _decode(self, ids_BL: Tensor, mask_BL: Tensor, step: StepRouting | None) -> Tensor:
+        for tap in self._taps:
+            tap.step = step
+        decoder = self.model.get_decoder()
+        hidden_BLH: Tensor = decoder(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
         return hidden_BLH
 
-    def _spans(self, batch: DomainBatch, length: int) -> list[Span]:
-        return [Span(b * length, prompt, self.settings.pooling) for b, prompt in enumerate(batch.prompts)]
+    def _spans(self, batch: Batch, length: int) -> list[Span]:
+        prompts = _prompts(batch).tolist()
+        return [Span(b * length, prompt, self.settings.pooling) for b, prompt in enumerate(prompts)]
 
-    def _mean(self, pooled_DBH: Tensor, batch: DomainBatch) -> Tensor:
-        if self.settings.pooling == "last":
-            return pooled_DBH
-        return pooled_DBH / torch.tensor(batch.prompts, device=pooled_DBH.device)[:, None]
+    def _mean(self, pooled_DBH: Tensor, batch: Batch) -> Tensor:
+        return pooled_DBH if self.settings.pooling == "last" else pooled_DBH / _prompts(batch)[:, None]
+
+    def _sums(self, batch: Batch, lm_B: Tensor, taught_B: Tensor, router_B: Tensor, votes_DB: Tensor) -> Sums:
+        experts_B, real_B = batch.experts_BL[:, 0], _real(batch)
+        ballots = votes_DB.T.tolist()
+        majority_B, last_B = (
+            experts_B.new_tensor([elect(ballot, rule) for ballot in ballots]) == experts_B
+            for rule in ("majority", "last")
+        )
+        per_row = {"lm": lm_B, "tokens": _tokens(batch) * taught_B, "router": router_B, "rows": real_B}
+        per_row |= {"majority": majority_B & real_B, "last": last_B & real_B}
+        zeros_E = router_B.new_zeros(len(self._names))
+        sums = {f"{name}_E": zeros_E.index_add(0, experts_B, of_B.float()) for name, of_B in per_row.items()}
+        return sums | {"right_D": ((votes_DB == experts_B) & real_B).sum(1).float()}
 
 
-def _routers(routed: RoutedModel, bank: Bank) -> Tensor:
-    """The bank's routers, or zeros, on the model's device: [D, E, H]."""
-    for own in routed.routers.values():
-        return own.weights_LEH.clone()
-    width = routed.model.config.get_text_config().hidden_size
-    layers = len(decoder_layers(routed.model))
-    return torch.zeros(layers, len(bank.names), width, device=routed.model.device)
+_BY_EXPERT = {"router_ce": "router", "majority_accuracy": "majority", "last_accuracy": "last"}
 
 
-def _key(group: int, expert: int, linear: int, which: str) -> str:
-    return f"{group}-{expert}-{linear}-{which}"
+def _real(batch: Batch) -> Tensor:
+    """Whether a sequence counts, [B]: the others fill up batches."""
+    return batch.counted_BL.any(1)
+
+
+def _tokens(batch: Batch) -> Tensor:
+    """Answer tokens of every sequence, [B]."""
+    return batch.counted_BL[:, 1:].sum(1)
+
+
+def _prompts(batch: Batch) -> Tensor:
+    """Tokens of every prompt, [B]; 1 for a filler."""
+    return batch.counted_BL.int().argmax(1).clamp_min(1)

@@ -1,89 +1,118 @@
-"""One MoA run from files to files: a bank and rows in, the next bank out."""
+"""From a bank or adapters, and data sets, to a bank with trained routers: what comes before the workers, and after."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
 
-from meteora_dist.bank import Bank
-from meteora_dist.errors import BankError
-from meteora_dist.model.load import Dtype, load_base, torch_dtype
-from meteora_dist.moe.inject import inject
-from meteora_dist.training.moa_bank import trained_experts, write_trained
-from meteora_dist.training.moa_data import read_domains
-from meteora_dist.training.moa_loop import MoaRun, Report, fit
-from meteora_dist.training.moa_objective import MoaObjective, MoaSettings
+from meteora_dist.adapters import Adapter
+from meteora_dist.bank import Bank, fingerprint
+from meteora_dist.bank.write import check_new
+from meteora_dist.errors import InvalidRequest
+from meteora_dist.model.fit import check_adapters
+from meteora_dist.training.moa_bank import first_bank, trained_experts, write_trained
+from meteora_dist.training.run_folder import REPORT_ONLY, TRAINED_FILE, claim
+from meteora_dist.training.settings import LoopSettings, MoaRun, MoaSettings
+from meteora_dist.training.sources import find_adapters, find_sources
 
 
 @dataclass(frozen=True, slots=True)
-class MoaJob:
-    """What is trained, on what, and where it goes.
+class MoaRequest:
+    """What is asked for.
 
     Attributes:
         base: Folder of the base model.
-        data: Folder with the rows of every expert, see ``read_domains``.
-        out: The bank to write; nothing may be there yet.
-        settings: What is learned.
-        run: How.
+        data: Folder with one data set for each expert, ``<expert>.jsonl`` or ``<expert>.jsonl.gz``.
+        out: Where the bank goes; nothing may be there yet.
+        folder: Of the run.
+        bank: What training starts from.
+        adapters: Or a folder with one PEFT adapter for each expert.
+        base_id: Name of the base model, for people, with ``adapters``; None for the folder's name.
         trained: Names of the experts to train; all without any.
-        max_tokens: Longest row that is used.
-        dtype: Of the base model and of what it computes; what is trained is fp32.
+        loop: The loop's options.
+        moa: The objective's options.
     """
 
     base: Path
     data: Path
     out: Path
-    settings: MoaSettings
-    run: MoaRun
+    folder: Path
+    bank: Path | None = None
+    adapters: Path | None = None
+    base_id: str | None = None
     trained: tuple[str, ...] = ()
-    max_tokens: int = 1024
-    dtype: Dtype = "float32"
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    moa: MoaSettings = field(default_factory=MoaSettings)
 
 
-def train_moa(job: MoaJob, bank: Bank, report: Report) -> Bank:
-    """Trains routers, and LoRAs if wanted, from where ``bank`` stands, and writes the next one.
+class MoaTraining:
+    """One run, from its request to its bank.
 
-    Args:
-        job: See there.
-        bank: What training starts from.
-        report: Gets the lines of ``fit`` between one with ``event`` ``start``, which has all options, and one ``end``.
-
-    Raises:
-        CheckpointError: Something is at ``job.out``, bank, base and rows do not fit each other, or files are missing.
-        ExpertNotFound: An expert to train is not in the bank.
+    Attributes:
+        run: What the workers are given.
     """
-    if job.out.exists():
-        raise BankError(job.out, "exists already; remove it or write the bank elsewhere")
-    bank.check_base(job.base)
-    trained = trained_experts(bank, job.trained)
-    # An expert without rows, and that gets none, can be no answer: its domain teaches nobody.
-    taught = {
-        entry.name: index
-        for index, entry in enumerate(bank.manifest.experts)
-        if entry.router == "trained" or index in trained
-    }
-    rows = read_domains(job.data, taught, AutoTokenizer.from_pretrained(job.base), job.max_tokens)
-    dtype = torch_dtype(job.dtype)
-    routed = inject(load_base(job.base, dtype), bank, dtype)
-    objective = MoaObjective(routed, bank, trained, job.settings)
-    routers, loras = objective.router_parameters(), objective.lora_parameters()
-    report(
-        {
-            "event": "start",
-            "experts": bank.names,
-            "trained": [bank.names[index] for index in trained],
-            "router_parameters": sum(parameter.numel() for parameter in routers),
-            "lora_parameters": sum(parameter.numel() for parameter in loras),
-            "training_rows": {name: len(rows.training[index]) for name, index in taught.items()},
-            "skipped_rows": rows.skipped,
-            "dtype": job.dtype,
-            **job.settings.model_dump(),
-            **job.run.model_dump(),
+
+    def __init__(self, request: MoaRequest) -> None:
+        """Checks all that can be checked without the model's weights.
+
+        Raises:
+            MeteoraError: Something is missing, damaged, or does not go together; says what and where.
+        """
+        self._request = request
+        if (request.bank is None) == (request.adapters is None):
+            raise InvalidRequest("the run starts from --bank or from --adapters: name one of them")
+        check_new(request.out, ())
+        old = None if request.bank is None else Bank.open(request.bank)
+        adapters = _adapters(request, old)
+        trained = trained_experts(tuple(adapters), request.trained)
+        check_adapters(request.base, adapters)
+        # An expert without rows, and that gets none, can be no answer: its domain teaches nobody.
+        routable = set() if old is None else {e.name for e in old.manifest.experts if e.router == "trained"}
+        taught = [name for name in adapters if name in routable or name in trained]
+        sources = find_sources(request.data, taught, (), every=False)
+        recipe = {
+            "base": fingerprint(request.base),
+            "adapters": {name: adapter.digest for name, adapter in adapters.items()},
+            "bank": None if old is None else old.manifest.model_dump(mode="json"),
+            "data": {source.expert: source.sha256 for source in sources},
+            "trained": trained,
+            "loop": request.loop.model_dump(mode="json", exclude=REPORT_ONLY),
+            "moa": request.moa.model_dump(mode="json"),
         }
-    )
-    fit(objective, rows, bank.names, job.run, report)
-    written = write_trained(job.out, job.base, bank, routed, objective)
-    report({"event": "end", "bank": str(job.out), "generation": written.manifest.generation})
-    return written
+        claim(request.folder, recipe)
+        draft = request.folder.resolve() / "draft" if old is None else old.path.resolve()
+        if not draft.exists():
+            first_bank(draft, request.base, request.base_id or request.base.resolve().name, adapters)
+        self.run = MoaRun(
+            base=request.base.resolve(),
+            draft=draft,
+            folder=request.folder.resolve(),
+            sources=sources,
+            trained=trained,
+            loop=request.loop,
+            moa=request.moa,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether the workers have finished already."""
+        return (self.run.folder / TRAINED_FILE).exists()
+
+    def publish(self) -> Bank:
+        """Writes the bank from what the workers have left.
+
+        Raises:
+            BankError: It cannot be written.
+        """
+        return write_trained(self._request.out, self.run, load_file(self.run.folder / TRAINED_FILE))
+
+
+def _adapters(request: MoaRequest, old: Bank | None) -> dict[str, Adapter]:
+    """The experts' adapters by name, in the order of the bank."""
+    if old is not None:
+        old.check_base(request.base)
+        return dict(zip(old.names, old.adapters, strict=True))
+    assert request.adapters is not None, "one of both was named"
+    return find_adapters(request.adapters, ())

@@ -7,7 +7,7 @@ for what is measured.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,13 +34,17 @@ class Objective(nn.Module, ABC):
     """A loss over batches. Everything trained is a registered parameter; everything else has no gradient."""
 
     @abstractmethod
-    def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Sums]:
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        """What the terms of the loss are means over, such as positions: for each term how many the batch has."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, scales: Sequence[float]) -> tuple[Tensor, Sums]:
         """The batch's part of the loss, and its sums.
 
         Args:
             batch: On the objective's device.
-            scale: What every counted position weighs: the loss is ``scale`` times a sum over positions. The loop sets
-                it so that the mean of the losses of all workers and accumulations is the mean over their positions.
+            scales: For each of ``counts`` what one of them weighs: a term is its scale times a sum. The loop sets them
+                so that the mean of the losses of all workers and accumulations has the means over all of them.
         """
 
     @abstractmethod
@@ -57,7 +61,7 @@ class Objective(nn.Module, ABC):
 
 
 class TrainingData(Protocol):
-    """The batches of a run; see ``meteora_dist.training.gate_data.GateData``."""
+    """The batches of a run; see ``meteora_dist.training.task_data.TaskData``."""
 
     def training(self, step: int, rank: int, world: int) -> list[Batch]:
         """The batches that worker ``rank`` of ``world`` passes in step number ``step``, one an accumulation."""

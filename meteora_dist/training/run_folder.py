@@ -10,6 +10,11 @@ from typing import Any
 from meteora_dist.errors import TrainingError
 
 RUN_FILE = "run.json"
+TRAINED_FILE = "trained.safetensors"
+"""What the objective exports when training has ended."""
+
+REPORT_ONLY = {"log_every", "checkpoint_every", "evaluate_every", "threads"}
+"""Options of the loop on which the result does not depend."""
 
 
 def claim(folder: Path, recipe: Mapping[str, Any]) -> None:

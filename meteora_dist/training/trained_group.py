@@ -8,7 +8,6 @@ A others, K slots, O_n output widths, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
-from meteora_dist.moe.experts import with_experts
 from meteora_dist.moe.gate import choose, gate_logits, scores
 from meteora_dist.moe.layer import RoutedGroup
 from meteora_dist.moe.routing import StepRouting
 from meteora_dist.training.gate_loss import IGNORE
+from meteora_dist.training.trained_experts import GroupExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,45 +29,32 @@ class GroupTraining:
     Attributes:
         trained: A.
         local: Whether gates are fitted on detached inputs, and the deltas carry no gradient.
-        joint: Whether the experts are trained too.
+        experts: Which experts are trained too.
         lora_dropout: Before the experts, not before the gates.
         prototype_E: See ``LiveGeneration``.
     """
 
     trained: int
     local: bool = False
-    joint: bool = False
+    experts: tuple[int, ...] = ()
     lora_dropout: float = 0.0
     prototype_E: Tensor | None = None
 
 
-class TrainedGroup(nn.Module):
-    """Routes and computes a group's deltas, and tells how well each of its gates named the experts.
-
-    Its parameters are its own, none of a child: ZeRO stage 3 gathers those when, and only when, it is called.
-    """
+class TrainedGroup(GroupExperts):
+    """Routes and computes a group's deltas, and tells how well each of its gates named the experts."""
 
     frozen_NFH: Tensor
 
     def __init__(self, group: RoutedGroup, training: GroupTraining) -> None:
         """Takes gates, and if they are to be trained experts, from ``group``, which has one generation."""
-        super().__init__()
-        self.group = group
+        super().__init__(group, training.experts)
         self.how = training
         gate_NEH = group.state.gates[0].unflatten(0, (len(group.names), -1))
         frozen = gate_NEH.shape[1] - training.trained
         self.register_buffer("frozen_NFH", gate_NEH[:, :frozen].clone())
         self.trained_NAH = nn.Parameter(gate_NEH[:, frozen:].clone())
         group.state = replace(group.state, gates=())
-        self._stack = group.state.stack
-        if training.joint:
-            for name, matrix in self._matrices():
-                self.register_parameter(name, nn.Parameter(matrix.float().clone()))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Module paths of the N linears."""
-        return self.group.names
 
     def forward(self, x_TH: Tensor, step: StepRouting, labels_T: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Deltas and measures.
@@ -86,47 +72,19 @@ class TrainedGroup(nn.Module):
         logits_TNE = scores(gate_logits(seen_TH, gate_PH, len(self.names)), self.how.prototype_E)
         with torch.no_grad() if self.how.local else nullcontext():
             slots_TNK, weights_TNK = choose(logits_TNE, step)
-            if self.how.joint:
-                self._install()
             dropped_TH = dropout(x_TH, self.how.lora_dropout, self.training)
-            deltas = self.group.deltas(dropped_TH, slots_TNK, weights_TNK)
+            deltas = self.deltas(dropped_TH, slots_TNK, weights_TNK)
         # All of it leaves as output: there ZeRO stage 3 hooks the gathering for the backward pass.
         return deltas, *measure(logits_TNE, labels_T)
-
-    def experts(self) -> Iterator[tuple[str, int, nn.Parameter, nn.Parameter]]:
-        """(linear, expert, A, B transposed) of every trained pair."""
-        names = [name for name, _ in self._matrices()] if self.how.joint else []
-        for name_a, name_b in zip(names[::2], names[1::2], strict=True):
-            _, e, n, _ = name_a.split("_")
-            yield self.names[int(n)], int(e), getattr(self, name_a), getattr(self, name_b)
-
-    def _matrices(self) -> Iterator[tuple[str, Tensor]]:
-        for e, expert in enumerate(self._stack.experts):
-            for n, part in enumerate(expert):
-                if part is not None:
-                    yield f"lora_{e}_{n}_a", part.a_RH
-                    yield f"lora_{e}_{n}_b", part.b_RO
-
-    def _install(self) -> None:
-        """Puts the experts as they are now in force, in the dtype they were loaded in."""
-
-        def now(e: int, n: int, which: str) -> Tensor:
-            matrix: Tensor = getattr(self, f"lora_{e}_{n}_{which}")
-            return matrix.to(self._stack.dtype)
-
-        experts = tuple(
-            tuple(part and replace(part, a_RH=now(e, n, "a"), b_RO=now(e, n, "b")) for n, part in enumerate(expert))
-            for e, expert in enumerate(self._stack.experts)
-        )
-        self.group.state = replace(self.group.state, stack=with_experts(self._stack, experts))
 
 
 def measure(logits_TNE: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
     """Each gate's sum of cross-entropies of raw logits, in nats, and its number of right top-1 choices, both [N]."""
     labels_TN = labels_T[:, None].expand(logits_TNE.shape[:2])
-    losses_TN = cross_entropy(logits_TNE.movedim(1, 2), labels_TN, ignore_index=IGNORE, reduction="none")
+    # Experts last: a softmax over another dimension takes several times as long on a CPU.
+    losses = cross_entropy(logits_TNE.flatten(0, 1), labels_TN.flatten(), ignore_index=IGNORE, reduction="none")
     right_TN = logits_TNE.detach().argmax(-1) == labels_TN
-    return losses_TN.sum(0), right_TN.sum(0).float()
+    return losses.view_as(labels_TN).sum(0), right_TN.sum(0).float()
 
 
 @dataclass(slots=True)

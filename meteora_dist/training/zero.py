@@ -9,7 +9,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,9 @@ class ZeroEngine:
             config=zero_config(settings, self._world),
         )
 
-    def __call__(self, batch: Batch, scale: float) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, scales: Sequence[float]) -> tuple[Tensor, Sums]:
         """Passes a batch; see ``Objective.forward``."""
-        result: tuple[Tensor, Sums] = self._engine(batch, scale)
+        result: tuple[Tensor, Sums] = self._engine(batch, scales)
         return result
 
     def backward(self, loss: Tensor) -> None:

@@ -34,7 +34,7 @@ MISTAKES = [
     ("train gates --base BASE --adapters NONE --data NONE --out OUT --run OUT2", 1, "holds no adapter"),
     ("train gates --base BASE --adapters BANK/experts --data NONE --out OUT --run OUT2", 1, "needs a data set"),
     ("train gates --base BASE --adapters BANK/experts --data BASE --out OUT --run OUT2 --set a", 1, "NAME=VALUE"),
-    ("train moa --adapters NONE --base BASE --data NONE --out OUT", 1, "NONE"),
+    ("train moa --adapters NONE --base BASE --data NONE --out OUT --run OUT", 1, "NONE"),
     ("bench decode --bank NONE --model BASE", 1, "there is no such folder"),
     ("bench prefill --bank NONE --model BASE", 1, "there is no such folder"),
     ("bench scaling --bank NONE --model BASE", 1, "there is no such folder"),

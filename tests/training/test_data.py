@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from meteora_dist.evaluation.tasks import TaskRow
-from meteora_dist.training.data import Encoded, Order, Sample, collate, encode, is_forced
+from meteora_dist.training.data import Halves, Order, Sample, collate, encode, is_forced
 from meteora_dist.training.gate_data import GateData
 from meteora_dist.training.gate_loss import IGNORE, shifted_labels
 from meteora_dist.training.settings import GateRun, GateSettings, LoopSettings, Source
@@ -20,7 +20,10 @@ NAMES = ("a", "b", "c")
 
 def test_a_batch_by_hand() -> None:
     # Prompt 1 2, answer 3; prompt 4, answer 5. With prompts left out, the answers' tokens are the only labels.
-    samples = [Sample(Encoded([1, 2], [3]), 0, True), Sample(Encoded([4], [5]), 2, False)]
+    samples = [
+        Sample(Halves([1, 2], [3]), Halves([0, 1], [0]), True),
+        Sample(Halves([4], [5]), Halves([2], [2]), False),
+    ]
     batch = collate(samples, pad_id=9, count_prompt=False)
     assert batch.ids_BL.tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch.mask_BL.tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -29,11 +32,12 @@ def test_a_batch_by_hand() -> None:
     assert batch.counted == 2
     whole = collate(samples, pad_id=9, count_prompt=True)
     assert shifted_labels(whole.token_labels).tolist() == [[2, 3, IGNORE], [5, IGNORE, IGNORE]]
+    assert shifted_labels(whole.expert_labels).tolist() == [[1, 0, IGNORE], [2, IGNORE, IGNORE]]
     assert whole.counted == 3
 
 
 def test_fillers_do_not_count() -> None:
-    assert collate([Sample(Encoded([1, 2], [3]), 0, False, real=False)], 9, count_prompt=True).counted == 0
+    assert collate([Sample(Halves([1, 2], [3]), Halves([0, 0], [0]), False, real=False)], 9, True).counted == 0
 
 
 def test_balanced_takes_experts_in_turn_and_rows_without_repetition() -> None:
@@ -98,10 +102,10 @@ def test_held_out_rows_are_never_trained_on(run: GateRun, tiny_base: Path) -> No
     assert sorted(
         expert
         for batch in batches
-        for expert, counted in zip(batch.experts, batch.counted_BL.any(1), strict=True)
+        for expert, counted in zip(batch.experts_BL[:, 0].tolist(), batch.counted_BL.any(1), strict=True)
         if counted
     ) == [0, 1, 2, 3]
-    assert [len(batch.experts) for batch in batches] == [2, 2, 2]
+    assert [len(batch.experts_BL) for batch in batches] == [2, 2, 2]
     assert all(len(parts.training) == 8 and len(parts.held_out) == 2 for parts in data._parts)
 
 
@@ -109,8 +113,10 @@ def test_long_rows_lose_the_beginning_of_their_prompt(run: GateRun, tiny_base: P
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     whole = encode(tokenizer, TaskRow("abcdefgh", "yz"))
     short = GateData(run.model_copy(update={"gates": GateSettings(max_tokens=6)}), run.trained, tokenizer)
-    prompt_ids, answer_ids = short._encode(TaskRow("abcdefgh", "yz"))
-    assert answer_ids == whole.answer_ids
+    sample = short._single(TaskRow("abcdefgh", "yz"), 1, forced=False)
+    prompt_ids, answer_ids = sample.ids
+    assert answer_ids == whole.answer
     assert len(answer_ids) + len(prompt_ids) == 6
-    assert prompt_ids == whole.prompt_ids[-len(prompt_ids) :]
-    assert len(short._encode("abcdefgh").answer_ids) == 6
+    assert prompt_ids == whole.prompt[-len(prompt_ids) :]
+    assert [len(half) for half in sample.experts] == [len(half) for half in sample.ids]
+    assert short._single("abcdefgh", 1, forced=False).ids == Halves([], tokenizer("abcdefgh").input_ids[:6])

@@ -9,7 +9,7 @@ import pytest
 
 from meteora_dist.cli.train_options import read_options
 from meteora_dist.errors import TrainingError
-from meteora_dist.training.settings import GateSettings, LoopSettings
+from meteora_dist.training.settings import DataSettings, GateSettings, LoopSettings, MoaSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 
@@ -25,6 +25,15 @@ def test_the_table_has_every_option_and_its_default() -> None:
     fields = GateSettings.model_fields | LoopSettings.model_fields
     assert len(fields) == len(GateSettings.model_fields) + len(LoopSettings.model_fields)
     assert table == {name: shown(field.default) for name, field in fields.items()}
+
+
+def test_the_page_on_routers_has_their_options() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "auto-sequence.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| ([\w.-]+) \| ", page, re.MULTILINE))
+    own = {name: field for name, field in MoaSettings.model_fields.items() if name not in DataSettings.model_fields}
+    assert table == {name: shown(field.default) for name, field in own.items()}
+    pairs = re.findall(r"--set (\S+)", page.split("```")[1])
+    assert read_options(None, pairs, MoaSettings)[0].micro_batch == 8
 
 
 def test_the_example_is_accepted() -> None:

@@ -17,34 +17,31 @@ from meteora_dist.bank import Bank
 from meteora_dist.errors import TrainingError
 from meteora_dist.training.fleet import Fleet, run_fleet
 from meteora_dist.training.gate_run import GateTraining
-from meteora_dist.training.gate_worker import TRAINED_FILE, train_gates
 from meteora_dist.training.loop import Keeper
-from meteora_dist.training.settings import GateRun
+from meteora_dist.training.moa_run import MoaTraining
+from meteora_dist.training.run_folder import TRAINED_FILE
+from meteora_dist.training.settings import Run
+from meteora_dist.training.worker import train
 from tests.support.tasks import request
 from tests.training.test_gate_run import alone, reports
+from tests.training.test_moa import asked
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 STEPS = 60
 
 
-def planned(base: Path, bank: Bank, folder: Path, micro_batch: int) -> GateRun:
+def planned(kind: str, base: Path, bank: Bank, folder: Path, micro_batch: int) -> Run:
     options = {"steps": STEPS, "checkpoint_every": 20, "micro_batch": micro_batch, "hold_out": 0.0}
+    if kind == "moa":
+        return MoaTraining(asked(base, folder, options, bank=bank.path)).run
     return GateTraining(request(base, bank.path / "experts", folder, options)).run
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tiny_base: Path, tiny_bank: Bank, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What one worker makes of the same sequences."""
-    run = planned(tiny_base, tiny_bank, tmp_path_factory.mktemp("undisturbed"), micro_batch=4)
-    alone(run)
-    return load_file(run.folder / TRAINED_FILE)
-
-
-def slow_train(run: GateRun, keeper: Keeper) -> None:
+def slow_train(run: Run, keeper: Keeper) -> None:
     """Takes its time, so that a worker can be killed between two checkpoints."""
     keeper.report = _after(keeper.report)  # type: ignore[method-assign]
-    train_gates(run, keeper)
+    train(run, keeper)
 
 
 def _after(report):
@@ -55,7 +52,7 @@ def _after(report):
     return slowly
 
 
-def kill_a_worker(run: GateRun, killed: list[int]) -> None:
+def kill_a_worker(run: Run, killed: list[int]) -> None:
     """Kills the first worker it finds once a checkpoint is there and the next is not."""
     while not (run.folder / "ray" / "step_00000020").exists() or not any(r["step"] == 25 for r in reports(run.folder)):
         time.sleep(0.05)
@@ -70,10 +67,13 @@ def far(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> fl
     return max(float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("kind", ["gates", "moa"])
 def test_a_killed_worker_costs_time_and_nothing_else(
-    ray_home: Path, tiny_base: Path, tiny_bank: Bank, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+    ray_home: Path, tiny_base: Path, tiny_bank: Bank, tmp_path: Path, kind: str
 ) -> None:
-    run = planned(tiny_base, tiny_bank, tmp_path, micro_batch=2)
+    undisturbed = planned(kind, tiny_base, tiny_bank, tmp_path / "undisturbed", micro_batch=4)
+    alone(undisturbed)
+    run = planned(kind, tiny_base, tiny_bank, tmp_path / "killed", micro_batch=2)
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(run, killed), daemon=True)
     killer.start()
@@ -81,14 +81,15 @@ def test_a_killed_worker_costs_time_and_nothing_else(
     killer.join(10)
     assert len(killed) == 1
     assert [line["step"] for line in reports(run.folder)] == list(range(1, STEPS + 1))
-    assert far(load_file(run.folder / TRAINED_FILE), undisturbed) < 1e-4
+    expected = load_file(undisturbed.folder / TRAINED_FILE)
+    assert far(load_file(run.folder / TRAINED_FILE), expected) < 1e-4
 
 
-def fail(run: GateRun, keeper: Keeper) -> None:
+def fail(run: Run, keeper: Keeper) -> None:
     raise TrainingError(f"worker {os.environ['RANK']} will not")
 
 
 def test_our_own_errors_come_through(ray_home: Path, tiny_base: Path, tiny_bank: Bank, tmp_path: Path) -> None:
-    run = planned(tiny_base, tiny_bank, tmp_path, micro_batch=2)
+    run = planned("gates", tiny_base, tiny_bank, tmp_path, micro_batch=2)
     with pytest.raises(TrainingError, match="will not"):
         run_fleet(partial(fail, run), run.folder, Fleet(workers=2, restarts=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,19 @@ def batch(forced: bool = False, prompt: int = 0) -> Batch:
     mask_BL[1, 6:] = 0
     counted_BL = mask_BL.bool()
     counted_BL[:, :prompt] = False
-    return Batch(ids_BL, mask_BL, counted_BL, tuple(range(EXPERTS)), (forced,) * EXPERTS)
+    experts_BL = torch.arange(EXPERTS)[:, None].expand_as(ids_BL)
+    return Batch(ids_BL, mask_BL, counted_BL, experts_BL, (forced,) * EXPERTS)
+
+
+def composite(forced: bool) -> Batch:
+    """The same tokens with another expert every few of them, other ones in every sequence."""
+    one = batch()
+    starts_BL = torch.arange(9).div(4, rounding_mode="floor") + torch.arange(EXPERTS)[:, None]
+    return replace(one, experts_BL=starts_BL % EXPERTS, forced=(forced,) * EXPERTS)
 
 
 def mean_loss(objective: GateObjective, of: Batch) -> Tensor:
-    return objective(of, 1 / of.counted)[0]
+    return objective(of, (1 / of.counted,))[0]
 
 
 def gate_gradients(objective: GateObjective) -> dict[str, Tensor]:
@@ -68,6 +77,19 @@ def test_losses_and_gradients_are_those_of_the_loop_over_experts(
     objective = made(top_k=top_k)
     ours, theirs = mean_loss(objective, batch(prompt=prompt)), twin(batch(prompt=prompt), beta=50.0)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    ours.backward()
+    theirs.backward()
+    for name, grad_EH in gate_gradients(objective).items():
+        expected_EH = twin.linears[name].gate_EH.grad
+        assert (grad_EH - expected_EH).norm() < 1e-3 * expected_EH.norm(), name
+
+
+def test_labels_may_change_inside_a_sequence(made: Made, tiny_base: Path, tiny_bank: Bank) -> None:
+    twin = LoopModel(load_tiny_llama(tiny_base), tiny_bank, 2, torch.float32)
+    objective, mixed = made(), composite(forced=False)
+    ours, theirs = mean_loss(objective, mixed), twin(mixed, beta=50.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    assert not torch.isclose(ours, mean_loss(objective, batch()), rtol=1e-2)
     ours.backward()
     theirs.backward()
     for name, grad_EH in gate_gradients(objective).items():
@@ -122,18 +144,40 @@ def test_layers_run_again_in_the_backward_pass_change_nothing(made: Made) -> Non
 def test_a_forced_sequence_runs_with_its_own_expert(made: Made, tiny_base: Path, tiny_bank: Bank) -> None:
     # One expert a token, and gates that always say the right one: the twin then does what is forced here.
     objective = made(top_k=1)
-    losses = [float(objective(batch(forced=True), 1.0)[1]["lm_loss"])]
+    losses = [float(objective(batch(forced=True), (1.0,))[1]["lm_loss"])]
     twin = LoopModel(load_tiny_llama(tiny_base), tiny_bank, 1, torch.float32)
     total, whole = 0.0, batch()
     for expert in range(EXPERTS):
         for linear in twin.linears.values():
             linear._pairs, linear.gate_EH.data = [linear._pairs[expert]], torch.zeros(1, linear.gate_EH.shape[1])
-        one = Batch(
-            *(tensor[expert : expert + 1] for tensor in (whole.ids_BL, whole.mask_BL, whole.counted_BL)), (0,), (False,)
-        )
+        tensors = (whole.ids_BL, whole.mask_BL, whole.counted_BL, torch.zeros_like(whole.ids_BL))
+        one = Batch(*(tensor[expert : expert + 1] for tensor in tensors), (False,))
         total += float(twin(one, beta=0.0)) * one.counted
         twin = LoopModel(load_tiny_llama(tiny_base), tiny_bank, 1, torch.float32)
     assert losses == [pytest.approx(total, rel=1e-5)]
+
+
+def test_a_forced_composite_runs_token_by_token_with_the_experts_to_be_named(made: Made) -> None:
+    # One expert a token, and gates that say the next token's label of whatever they see: the same is forced.
+    mixed, objective = composite(forced=True), made(top_k=1)
+    step = objective._route(mixed)
+    assert step.ids_TK.view(EXPERTS, -1)[:, :-1].equal(mixed.experts_BL[:, 1:])
+    assert step.ids_TK.view(EXPERTS, -1)[:, -1].equal(mixed.experts_BL[:, -1])
+    assert not step.gated
+    # Up to where its first part ends, a composite that is forced is the first expert's own sequence.
+    own = replace(batch(forced=True), experts_BL=mixed.experts_BL[:, :1].expand(-1, 9))
+    logits = [_logits(objective, one) for one in (mixed, own)]
+    torch.testing.assert_close(logits[0][:, :3], logits[1][:, :3])
+    assert not torch.allclose(logits[0][:, 3], logits[1][:, 3], atol=1e-2)
+
+
+def _logits(objective: GateObjective, of: Batch) -> Tensor:
+    """The model's, as the objective routes it."""
+    seen: list[Tensor] = []
+    hook = objective.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.detach()))
+    objective(of, (1.0,))
+    hook.remove()
+    return seen[0]
 
 
 def test_the_local_objective_is_the_gate_loss_without_a_way_back(made: Made) -> None:
@@ -168,13 +212,16 @@ def test_joint_training_has_gradients_for_every_adapter(made: Made) -> None:
     gates, adapters = objective.parameter_groups()
     assert (gates.learning_rate, adapters.learning_rate) == (None, 7e-5)
     mean_loss(objective, batch(forced=True)).backward()
-    assert all(float(matrix.grad.norm()) > 0 for matrix in adapters.parameters)
+    assert len(adapters.parameters) == len(objective._taps)
+    for tap in objective._taps:
+        for n, expert, *pair in tap.group._matrices(tap.group.lora.grad):
+            assert all(float(grad.norm()) > 0 for grad in pair), (tap.names[n], expert)
 
 
 def test_dropout_is_on_the_adapters_and_not_on_the_gates(made: Made) -> None:
     plain, dropped = made(objective="local", lm=False), made(objective="local", lm=False, lora_dropout=0.5)
     first = next(iter(plain.gates))
-    losses = [objective.train()(batch(), 1.0)[1]["gate_loss"] for objective in (plain, dropped)]
+    losses = [objective.train()(batch(), (1.0,))[1]["gate_loss"] for objective in (plain, dropped)]
     assert losses[0][plain.gates.index(first)] == losses[1][plain.gates.index(first)]
     assert losses[0][-1] != losses[1][-1]
-    torch.testing.assert_close(dropped.eval()(batch(), 1.0)[1]["gate_loss"], losses[0])
+    torch.testing.assert_close(dropped.eval()(batch(), (1.0,))[1]["gate_loss"], losses[0])

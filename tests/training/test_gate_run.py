@@ -19,9 +19,10 @@ from meteora_dist.engine.request import GenerationRequest
 from meteora_dist.errors import AdapterError, DatasetError, ExpertNotFound, InvalidRequest, MeteoraError, TrainingError
 from meteora_dist.moe.routing import BASE, RoutingChoice, named
 from meteora_dist.training.gate_run import NULL_EXPERT, GateRequest, GateTraining
-from meteora_dist.training.gate_worker import TRAINED_FILE, prepare, train_gates
 from meteora_dist.training.keeper import METRICS_FILE, FolderKeeper
-from meteora_dist.training.settings import GateRun
+from meteora_dist.training.run_folder import TRAINED_FILE
+from meteora_dist.training.settings import GateRun, Run
+from meteora_dist.training.worker import prepare, train
 from tests.support.ranks import run_ranks
 from tests.support.tasks import request, write_tasks, write_texts
 from tests.support.tiny import SPECS, load_tiny_llama, write_tiny_llama
@@ -40,13 +41,13 @@ def trained(asked: GateRequest) -> Bank:
     return training.publish()
 
 
-def alone(run: GateRun) -> None:
+def alone(run: Run) -> None:
     """The whole run, by one worker, in a process of its own: DeepSpeed takes no second process group in one."""
     run_ranks(1, _train, run)
 
 
-def _train(rank: int, run: GateRun) -> None:
-    train_gates(run, FolderKeeper(run.folder))
+def _train(rank: int, run: Run) -> None:
+    train(run, FolderKeeper(run.folder))
 
 
 def reports(folder: Path) -> list[dict[str, float]]:
@@ -133,14 +134,14 @@ def test_an_expert_joins_and_the_others_rows_stay(tiny_base: Path, adapters: Pat
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_run_that_was_cut_off_ends_as_if_it_had_not(
+def test_a_run_that_wascut_off_ends_as_if_it_had_not(
     tiny_base: Path, adapters: Path, tmp_path: Path, stage: int
 ) -> None:
     options = {"zero_stage": stage, "init": "normal", "lora_dropout": 0.2}
     whole, cut = (GateTraining(request(tiny_base, adapters, tmp_path / name, options)).run for name in ("whole", "cut"))
     alone(whole)
     with pytest.raises(RuntimeError, match="CutOff"):
-        run_ranks(1, _cut_off, cut)
+        run_ranks(1, cut_off, cut)
     again = GateTraining(request(tiny_base, adapters, tmp_path / "cut", options)).run
     assert again == cut
     alone(again)
@@ -164,8 +165,8 @@ class _CutOff(FolderKeeper):
             raise CutOff
 
 
-def _cut_off(rank: int, run: GateRun) -> None:
-    train_gates(run, _CutOff(run.folder))
+def cut_off(rank: int, run: Run) -> None:
+    train(run, _CutOff(run.folder))
 
 
 def test_adapters_train_along(tiny_base: Path, adapters: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from meteora_dist.bank import Bank
 from meteora_dist.training.gate_data import GateData
 from meteora_dist.training.gate_objective import GateObjective
 from meteora_dist.training.gate_run import GateTraining
-from meteora_dist.training.gate_worker import prepare
 from meteora_dist.training.keeper import FolderKeeper
 from meteora_dist.training.settings import GateRun
+from meteora_dist.training.worker import prepare
 from meteora_dist.training.zero import cosine
 from tests.support.ranks import run_ranks
 from tests.support.tasks import request
@@ -35,9 +35,9 @@ def gradients_and_gates(rank: int, runs: list[GateRun]) -> list[tuple[list[Tenso
         loop = prepare(run, FolderKeeper(run.folder))
         engine, (gates,) = loop.engine, loop._objective.parameter_groups()
         batches = loop._data.training(0, rank, WORLD)
-        scale = len(batches) * WORLD / loop._counted(batches)
+        scales = loop.scales(batches)
         for batch in batches:
-            loss, _ = engine(batch, scale)
+            loss, _ = engine(batch, scales)
             engine.backward(loss)
             if batch is batches[-1]:
                 gradients = [engine.gradient(gate).clone() for gate in gates.parameters]
@@ -61,7 +61,7 @@ def by_torch_alone(run: GateRun) -> tuple[list[Tensor], list[Tensor]]:
     optimizer = torch.optim.AdamW(gates.parameters, lr=run.loop.learning_rate, weight_decay=0.0)
     for group in optimizer.param_groups:
         group["lr"] *= cosine(run.loop.steps, run.loop.warm_up)(0)
-    objective(batch, 1 / batch.counted)[0].backward()
+    objective(batch, (1 / batch.counted,))[0].backward()
     gradients = [gate.grad.clone() for gate in gates.parameters]
     torch.nn.utils.clip_grad_norm_(gates.parameters, CLIP)
     optimizer.step()
