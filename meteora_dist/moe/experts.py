@@ -60,7 +60,7 @@ def stack_experts(experts: Sequence[Expert], shape: GroupShape, dtype: torch.dty
 
 def with_experts(stack: LoraStack, experts: Sequence[Expert]) -> LoraStack:
     """A stack of the same pairs with other matrices, which may have gradients; they are not copied side by side."""
-    other = replace(stack, experts=tuple(experts), packed=None, tables=None)
+    other = replace(stack, experts=tuple(experts), packed=None, tables=None, compiled=None)
     return located(other) if runs_kernels(stack.scales_NE.device) else other
 
 

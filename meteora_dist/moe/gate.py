@@ -108,6 +108,8 @@ def _choose(x_TH: Tensor, gates: GroupGates, step: StepRouting) -> tuple[Tensor,
     if plan.runs_kernels(x_TH.device):
         chosen = plan.choose(logits_TNE, choice_of(replace(step, slot_E=None)))
         return chosen.slots_TNK, chosen.weights_TNK
+    if plan.chooses_compiled(logits_TNE):
+        return plan.choose_compiled(logits_TNE, choice_of(step))
     return choose(scores(logits_TNE, step.prototype_E), step)
 
 

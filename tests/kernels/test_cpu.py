@@ -184,3 +184,16 @@ def test_outputs_that_are_not_those_of_the_pass_are_refused() -> None:
     for y_TY in (torch.zeros(2, COLUMNS), torch.zeros(3, 2 * COLUMNS)[:, ::2]):
         with pytest.raises(AssertionError):
             cpu.add_routed_lora(y_TY, torch.zeros(3, INPUTS), group, step)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["gates", "mixed"])
+@pytest.mark.parametrize(("tokens", "experts", "slots"), [(1, 3, 2), (17, 28, 4), (63, 300, 2), (5, 1, 1), (0, 3, 2)])
+def test_a_choice_alone(tokens: int, experts: int, slots: int, mixed: bool) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    choice = replace(a_choice(tokens, experts, slots, g, mixed), slot_E=None)
+    # Whole numbers, so that many are equal.
+    logits_TNE = torch.randint(-3, 4, (tokens, 3, experts), generator=g).float()
+    ids_TNK, weights_TNK = cpu.choose(logits_TNE, choice)
+    expected = choose_reference(logits_TNE, choice, tokens, 3)
+    assert torch.equal(ids_TNK, expected.slots_TNK)
+    torch.testing.assert_close(weights_TNK, expected.weights_TNK)

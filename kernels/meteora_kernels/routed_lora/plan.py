@@ -87,7 +87,8 @@ def located(stack: LoraStack) -> LoraStack:
     on_cpu = device.type == "cpu" and stack.whole and stack.dtype in cpu.DTYPES and cpu.available()
     if not (on_cpu or runs_kernels(device)):
         return stack
-    return replace(stack, tables=tables_of(stack, tiles_of(device_name(device)).outputs))
+    stack = replace(stack, tables=tables_of(stack, tiles_of(device_name(device)).outputs))
+    return replace(stack, compiled=cpu.Group.side_by_side(stack)) if on_cpu else stack
 
 
 def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
@@ -131,6 +132,17 @@ def gate_logits(x_TH: Tensor, gate_PH: Tensor) -> Tensor:
     if learns or not cpu.available():
         return linear(x_TH.float(), gate_PH)
     return cpu.gate_logits(x_TH, gate_PH)
+
+
+def chooses_compiled(logits_TNE: Tensor) -> bool:
+    """Whether what is compiled for this CPU chooses by these logits."""
+    learns = torch.is_grad_enabled() and logits_TNE.requires_grad
+    return logits_TNE.device.type == "cpu" and not learns and cpu.available()
+
+
+def choose_compiled(logits_TNE: Tensor, choice: GateChoice) -> tuple[Tensor, Tensor]:
+    """Expert ids and weights, each [T, N, K], by what is compiled; it leaves absent linears and slots alone."""
+    return cpu.choose(logits_TNE, choice)
 
 
 def choose(logits_TNE: Tensor, choice: GateChoice) -> Chosen:

@@ -84,6 +84,7 @@ class LoraStack:
         max_rank: Largest R of a whole pair, 0 without any; equal in all processes that share the experts.
         packed: The same matrices side by side, of which those of ``experts`` are views; None where they are not.
         tables: Where kernels find the matrices; None before ``plan.located``, and where no kernels run.
+        compiled: The same for the operation compiled for this CPU, outputs side by side; None where it does not run.
     """
 
     experts: tuple[Expert, ...]
@@ -94,6 +95,7 @@ class LoraStack:
     max_rank: int
     packed: Packed | None = None
     tables: Tables | None = None
+    compiled: object = None
 
     @property
     def num_linears(self) -> int:

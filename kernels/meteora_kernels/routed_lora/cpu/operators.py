@@ -96,6 +96,12 @@ class Group:
         kept = structure, experts, gate_PH, absent_N1, local_G, places_N, width_N
         return cls(addressof(structure), columns, kept)
 
+    @classmethod
+    def side_by_side(cls, experts: LoraStack) -> Group:
+        """Linears without gates, whose outputs are all there is in a row."""
+        *first_N, columns = accumulate(experts.out_features, initial=0)
+        return cls.of(experts, columns, first_N)
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -161,12 +167,10 @@ def add_routed_lora(y_TY: Tensor, x_TH: Tensor, group: Group, step: Pass) -> Non
 
 def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
     """The deltas of the N linears, each [T, O_n], in x's dtype. Arguments as in the reference; a located stack."""
-    widths = stack.out_features
-    first_N = (0, *accumulate(widths))
-    y_TY = x_TH.new_zeros(x_TH.shape[0], first_N[-1])
-    group = Group.of(stack, first_N[-1], first_N[:-1])
+    group = stack.compiled if isinstance(stack.compiled, Group) else Group.side_by_side(stack)
+    y_TY = x_TH.new_zeros(x_TH.shape[0], group.columns)
     add_routed_lora(y_TY, x_TH, group, Pass.chosen(ids_TNK, weights_TNK))
-    deltas: tuple[Tensor, ...] = y_TY.split(widths, dim=1)
+    deltas: tuple[Tensor, ...] = y_TY.split(stack.out_features, dim=1)
     return deltas
 
 
@@ -177,6 +181,25 @@ def gate_logits(x_TH: Tensor, gate_PH: Tensor) -> Tensor:
     at = x_TH.data_ptr(), _at(gate_PH, torch.float32), out_PT.data_ptr()
     _library().gate_logits(*at, x_TH.shape[0], *gate_PH.shape, torch.get_num_threads())
     return out_PT.T.contiguous()
+
+
+def choose(logits_TNE: Tensor, choice: GateChoice) -> tuple[Tensor, Tensor]:
+    """Expert ids (int64) and weights (fp32) of a gated pass, each [T, N, K], as ``add_routed_lora`` chooses them.
+
+    Args:
+        logits_TNE: fp32.
+        choice: What the requests chose; what it says of absent linears and of slots is not looked at.
+    """
+    logits_TNE = logits_TNE.contiguous()
+    shape = (*logits_TNE.shape[:2], choice.slots)
+    ids_TNK, weights_TNK = logits_TNE.new_empty(shape, dtype=torch.int64), logits_TNE.new_empty(shape)
+    _library().choose_experts(
+        _at(logits_TNE, torch.float32), *logits_TNE.shape, choice.slots,
+        _at(choice.auto_T, torch.bool), _at(choice.top_k_T, torch.int64), _at(choice.temperature_T1, torch.float32),
+        _at(choice.ids_TK, torch.int64), _at(choice.weights_TK, torch.float32), _at(choice.prototype_E, torch.bool),
+        ids_TNK.data_ptr(), weights_TNK.data_ptr(),
+    )  # fmt: skip
+    return ids_TNK, weights_TNK
 
 
 def memory_needed(group: Group, step: Pass) -> int:
@@ -203,6 +226,7 @@ def _library() -> CDLL:
     library = compiled(folder / "routed_lora.c", [folder / "choice.h", folder / "products.h"])
     library.add_routed_lora.argtypes = [c_void_p] * 4
     library.memory_of_routed_lora.argtypes, library.memory_of_routed_lora.restype = [c_void_p] * 2, c_int64
+    library.choose_experts.argtypes, library.choose_experts.restype = [c_void_p, *[c_int64] * 4, *[c_void_p] * 8], None
     library.gate_logits.argtypes, library.gate_logits.restype = [c_void_p] * 3 + [c_int64] * 4, None
     return library
 

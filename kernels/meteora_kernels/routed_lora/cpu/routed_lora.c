@@ -205,3 +205,22 @@ void gate_logits(const float *x_TH, const float *gate_PH, float *out_PT, int64_t
         dots(out_PT + first, tokens, x, some, (const char *)gate_PH, 0, rows, width, 0);
     }
 }
+
+// Ids and weights [T, N, K] by logits that are there already; `auto_T` and the others as in Pass.
+void choose_experts(const float *logits_TNF, int64_t tokens, int64_t linears, int64_t known, int64_t slots,
+                    const uint8_t *auto_T, const int64_t *top_k_T, const float *temperature_T, const int64_t *ids_TK,
+                    const float *weights_TK, const uint8_t *prototype_F, int64_t *ids_TNK, float *weights_TNK) {
+    const Group g = {.linears = linears, .known = known};
+    const Pass p = {.tokens = tokens, .slots = slots, .gated = 1, .auto_T = auto_T, .top_k_T = top_k_T,
+                    .temperature_T = temperature_T, .prototype_F = prototype_F};
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t n = 0; n < linears; n++) {
+            const int64_t at = (t * linears + n) * slots;
+            if (by_gate(&p, t)) {
+                choose_by_gate(logits_TNF + (t * linears + n) * known, 1, &g, &p, t, ids_TNK + at, weights_TNK + at);
+                continue;
+            }
+            memcpy(ids_TNK + at, ids_TK + t * slots, slots * sizeof *ids_TNK);
+            memcpy(weights_TNK + at, weights_TK + t * slots, slots * sizeof *weights_TNK);
+        }
+}
