@@ -49,7 +49,7 @@ class _Views(NamedTuple):
 class SharedSwap:
     """A ``Swap`` of CPU tensors between processes of one machine."""
 
-    few_tokens = 128
+    few_tokens = 512
 
     def __init__(self, segment: Segment, group: dist.ProcessGroup, timeout: timedelta) -> None:
         """Joins the ranks of ``group``, each of which has entered the segment under its number in the group.
