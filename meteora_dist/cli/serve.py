@@ -43,7 +43,7 @@ def command(
     http, grpc = http_port or settings.http_port, grpc_port or settings.grpc_port
     console = Console()
     # A service manager ends us with SIGTERM; both ways have to clean up.
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     progress = console.status(f"starting {settings.service.mesh.size} rank(s) with {settings.service.bank}")
     progress.start()
     try:
@@ -55,6 +55,7 @@ def command(
         console.print("stopped")
     finally:
         progress.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Terminated(KeyboardInterrupt):
