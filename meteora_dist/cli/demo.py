@@ -52,7 +52,7 @@ def command(
     if not console.is_terminal:
         console.width = max(console.width, _PIPE_WIDTH)
     # A service manager ends us with SIGTERM; it has to clean up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         line, good = _demo(console, bank)
     except MeteoraError as error:
@@ -62,6 +62,8 @@ def command(
         line, good = f"DEMO FAILED {type(error).__name__}: {one_line(str(error))}", False
     except KeyboardInterrupt:
         line, good = "DEMO FAILED it was interrupted", False
+    finally:
+        signal.signal(signal.SIGTERM, before)
     typer.echo(line)
     if not good:
         raise typer.Exit(1)
