@@ -11,7 +11,7 @@ G key-value heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from meteora_dist.model.packed import PackedLinear, can_pack
 from meteora_dist.model.paged_attention import AttentionPlan, attend, serves, use_paged_attention
+from meteora_dist.moe.in_place import DeltasInPlace
 from meteora_dist.moe.layer import RoutedLinear
-from meteora_dist.moe.local import LocalDeltas
 
 LIKE_LLAMA = frozenset({"llama", "mistral", "qwen2"})
 """Model types whose layers compute what ``FastLayer`` does."""
@@ -80,13 +80,16 @@ class FusedLinears(nn.Module):
             bases.append(base)
             first += base.out_features
         self._base = PackedLinear(bases)
-        self._deltas = None if group is None else LocalDeltas(group, columns, first)
+        self._deltas = None if group is None else DeltasInPlace(group, columns, first)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """The outputs y_TY."""
+        if self._deltas is None:
+            return cast(Tensor, self._base(x_TH))
+        # Rows are on their way to other ranks while the base's product is made.
+        add_deltas = self._deltas.begin(x_TH)
         y_TY: Tensor = self._base(x_TH)
-        if self._deltas is not None:
-            self._deltas.add_to(y_TY, x_TH)
+        add_deltas(y_TY)
         return y_TY
 
 

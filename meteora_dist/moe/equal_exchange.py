@@ -24,7 +24,7 @@ from meteora_dist.moe.dispatcher import (
     local_of,
 )
 from meteora_dist.moe.routing import NO_EXPERT
-from meteora_dist.moe.swap import Parts, Swap
+from meteora_dist.moe.swap import Finish, Kind, Swap
 from meteora_dist.moe.wire import ExchangeKind, Wire
 from meteora_kernels.routed_lora import plan
 
@@ -43,6 +43,15 @@ class EqualDispatcher:
         self._wire = wire
         self._capacity = 1
 
+    @property
+    def capacity(self) -> int:
+        """C of the passes to come."""
+        return self._capacity
+
+    def room(self, *kinds: Kind) -> tuple[Tensor, ...]:
+        """Memory to lay out what is given next; see ``Swap``."""
+        return self._swap.room(*kinds)
+
     def expect(self, tokens: int) -> None:
         """Makes room for ``tokens`` tokens of every rank in the passes to come."""
         self._capacity = 1 << max(tokens - 1, 0).bit_length()
@@ -59,7 +68,7 @@ class EqualDispatcher:
         outgoing = (_rows_by_kernel if plan.runs_kernels(x_TH.device) else _rows)(
             x_TH, slots_TNK, weights_TNK, targets_DG, capacity
         )
-        incoming = self._exchange("dispatch", *outgoing)
+        incoming = self.give("dispatch", *outgoing)()
         rows_MH, ids_MNK, weights_MNK = (torch.cat(parts_C) for parts_C in incoming)
         every = (capacity,) * len(targets_DG)
         exchange = Exchange(tokens, slots_TNK.new_empty(0), every, every)
@@ -68,15 +77,24 @@ class EqualDispatcher:
     def combine(self, deltas_MO: tuple[Tensor, ...], exchange: Exchange | None) -> tuple[Tensor, ...]:
         """See ``Dispatcher``; sums run in the order of the ranks."""
         assert exchange is not None, "combine needs the exchange of its own dispatch"
-        ranks = len(exchange.sent)
-        incoming = self._exchange("combine", *(delta_MO.unflatten(0, (ranks, -1)) for delta_MO in deltas_MO))
-        return tuple(reduce(torch.add, parts_CO)[: exchange.tokens] for parts_CO in incoming)
+        outgoing_DCY = torch.cat(deltas_MO, dim=1).unflatten(0, (len(exchange.sent), -1))
+        (parts_CY,) = self.give("combine", outgoing_DCY)()
+        sums_TY = reduce(torch.add, parts_CY)[: exchange.tokens]
+        return torch.split(sums_TY, [delta_MO.shape[1] for delta_MO in deltas_MO], dim=1)
 
-    def _exchange(self, kind: ExchangeKind, *outgoing_DC: Tensor) -> tuple[Parts, ...]:
+    def give(self, kind: ExchangeKind, *outgoing_DC: Tensor) -> Finish:
+        """Begins an exchange; see ``Swap``.
+
+        Args:
+            kind: As what it counts.
+            outgoing_DC: What every rank gets. Of a dispatch: rows, local ids (int32) and weights; of a combine: deltas,
+                those of all linears side by side.
+        """
         ranks, capacity = outgoing_DC[0].shape[:2]
         sent = sum(values_DC.nbytes for values_DC in outgoing_DC)
         with self._wire.count(kind, capacity * (ranks - 1), sent // ranks * (ranks - 1)):
-            return self._swap(*outgoing_DC)
+            finish = self._swap.give(*outgoing_DC)
+        return self._wire.timed(kind, finish)
 
 
 def _rows(
@@ -125,6 +143,11 @@ class AdaptiveDispatcher:
         """Chooses the exchange of the passes to come."""
         self._chosen = self._equal if tokens <= self._few else self._exact
         self._chosen.expect(tokens)
+
+    @property
+    def equal(self) -> EqualDispatcher | None:
+        """The exchange of the passes to come if it is one of fixed shapes."""
+        return self._chosen if isinstance(self._chosen, EqualDispatcher) else None
 
     def dispatch(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor, targets_DG: Tensor) -> Dispatched:
         """See ``Dispatcher``."""

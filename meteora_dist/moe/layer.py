@@ -82,6 +82,7 @@ class RoutedGroup(nn.Module):
 
     Attributes:
         shape: The linears, and this rank's part of them.
+        dispatcher: Brings rows to experts.
         state: What it routes and computes with; assign another one between two passes, on all ranks between the same.
     """
 
@@ -105,7 +106,7 @@ class RoutedGroup(nn.Module):
         super().__init__()
         self.shape = shape
         self.state = state
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
         self._context = context
         self._add_up = add_up
 
@@ -117,7 +118,7 @@ class RoutedGroup(nn.Module):
     @property
     def local(self) -> bool:
         """Whether this rank computes all of it: nothing travels, and nothing is added up."""
-        return self._add_up is None and isinstance(self._dispatcher, LocalDispatcher)
+        return self._add_up is None and isinstance(self.dispatcher, LocalDispatcher)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -166,8 +167,8 @@ class RoutedGroup(nn.Module):
             weights_TNK: Their weights, fp32.
         """
         state = self.state
-        sent = self._dispatcher.dispatch(x_TH, slots_TNK, weights_TNK, state.targets_DG)
-        return self._dispatcher.combine(self._deltas(sent, state.stack), sent.exchange)
+        sent = self.dispatcher.dispatch(x_TH, slots_TNK, weights_TNK, state.targets_DG)
+        return self.dispatcher.combine(self._deltas(sent, state.stack), sent.exchange)
 
     def _deltas(self, sent: Dispatched, stack: LoraStack) -> tuple[Tensor, ...]:
         if self._add_up is None:

@@ -13,8 +13,9 @@ Shapes: as in ``swap.py``.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meteora_dist.moe.shared_memory import CACHE_LINE, Address, Segment, Semaphores
-from meteora_dist.moe.swap import GroupSwap, Parts, Swap
+from meteora_dist.moe.swap import Finish, GroupSwap, Kind, Parts, Swap
 
 HALF_BYTES = 16 << 20
 """Most bytes that a rank gives in one swap; larger ones go through the process group."""
@@ -66,21 +67,31 @@ class SharedSwap:
         self._otherwise = GroupSwap(group)
         self._timeout = timeout
         self._half = 0
-        self._known: dict[tuple[object, ...], _Views | None] = {}
+        self._known: dict[tuple[int, tuple[Kind, ...]], _Views | None] = {}
 
-    def __call__(self, *outgoing_D: Tensor) -> tuple[Parts, ...]:
+    def room(self, *kinds: Kind) -> tuple[Tensor, ...]:
+        """See ``Swap``: in this rank's box."""
+        views = self._views(kinds)
+        return self._otherwise.room(*kinds) if views is None else views.box
+
+    def give(self, *outgoing_D: Tensor) -> Finish:
         """See ``Swap``."""
-        views = self._views(outgoing_D)
+        views = self._views(tuple((values_D.shape, values_D.dtype) for values_D in outgoing_D))
         if views is None:
-            return self._otherwise(*outgoing_D)
+            return self._otherwise.give(*outgoing_D)
         self._half = 1 - self._half
         for box_D, values_D in zip(views.box, outgoing_D, strict=True):
-            box_D.copy_(values_D)
+            if values_D is not box_D:
+                box_D.copy_(values_D)
         for other in self._others:
             self._semaphores.post(self._rank * self._ranks + other)
-        for other in self._others:
-            self._await(other)
-        return views.parts
+
+        def finish() -> tuple[Parts, ...]:
+            for other in self._others:
+                self._await(other)
+            return views.parts
+
+        return finish
 
     def _await(self, other: int) -> None:
         number = other * self._ranks + self._rank
@@ -97,30 +108,31 @@ class SharedSwap:
                     f"rank {self._rank} waited for it"
                 )
 
-    def _views(self, outgoing_D: Sequence[Tensor]) -> _Views | None:
-        """Of the present half, for tensors like these; None when they do not fit."""
-        key = (self._half, *((values_D.shape, values_D.dtype) for values_D in outgoing_D))
+    def _views(self, kinds: tuple[Kind, ...]) -> _Views | None:
+        """Of the half that is next, for tensors of these kinds; None when they do not fit."""
+        key = (self._half, kinds)
         if key not in self._known:
-            self._known[key] = self._view(outgoing_D)
+            self._known[key] = self._view(kinds)
         return self._known[key]
 
-    def _view(self, outgoing_D: Sequence[Tensor]) -> _Views | None:
-        starts = list(accumulate((_aligned(values_D.nbytes) for values_D in outgoing_D), initial=0))
+    def _view(self, kinds: tuple[Kind, ...]) -> _Views | None:
+        sizes = (_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in kinds)
+        starts = list(accumulate(sizes, initial=0))
         if starts[-1] > HALF_BYTES:
             return None
         boxes = [
-            [self._in_box(rank, start, values_D) for rank in range(self._ranks)]
-            for start, values_D in zip(starts[:-1], outgoing_D, strict=True)
+            [self._in_box(rank, start, kind) for rank in range(self._ranks)]
+            for start, kind in zip(starts[:-1], kinds, strict=True)
         ]
         return _Views(
             box=tuple(of_ranks[self._rank] for of_ranks in boxes),
             parts=tuple(tuple(box_D[self._rank] for box_D in of_ranks) for of_ranks in boxes),
         )
 
-    def _in_box(self, rank: int, start: int, like: Tensor) -> Tensor:
-        start += _boxes_start(self._ranks) + (2 * rank + self._half) * HALF_BYTES
-        flat = torch.frombuffer(self._segment.memory, dtype=like.dtype, count=like.numel(), offset=start)
-        return flat.view(like.shape)
+    def _in_box(self, rank: int, start: int, kind: Kind) -> Tensor:
+        shape, dtype = kind
+        start += _boxes_start(self._ranks) + (2 * rank + 1 - self._half) * HALF_BYTES
+        return torch.frombuffer(self._segment.memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
 
 def quickest_swap(group: dist.ProcessGroup, timeout: timedelta) -> Swap:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 ExchangeKind = Literal["dispatch", "combine", "rank_space", "gate_logits", "sizes"]
+R = TypeVar("R")
 EXCHANGE_KINDS: tuple[ExchangeKind, ...] = get_args(ExchangeKind)
 
 
@@ -36,6 +37,17 @@ class Wire:
         self._seconds[kind] += time.perf_counter() - started
         self._bytes[kind] += nbytes
         self._rows[kind] += rows
+
+    def timed(self, kind: ExchangeKind, end: Callable[[], R]) -> Callable[[], R]:
+        """``end``, which ends an exchange that was counted when it began; its time counts too."""
+
+        def end_timed() -> R:
+            started = time.perf_counter()
+            ended = end()
+            self._seconds[kind] += time.perf_counter() - started
+            return ended
+
+        return end_timed
 
     @property
     def seconds(self) -> float:

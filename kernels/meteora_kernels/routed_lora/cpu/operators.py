@@ -28,6 +28,7 @@ from meteora_kernels.routed_lora.stack import LoraPart, LoraStack, stack, whole_
 from meteora_kernels.routed_lora.tables import tables_of
 
 DTYPES = (torch.float32, torch.bfloat16)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("choice.h", "products.h"))
 
 
 class _Group(Structure):
@@ -52,11 +53,13 @@ class Group:
 
     Attributes:
         at: Address of the structure.
+        linears: N.
         columns: Y.
         kept: What the structure points to.
     """
 
     at: int
+    linears: int
     columns: int
     kept: tuple[Any, ...]
 
@@ -88,13 +91,13 @@ class Group:
         structure = _Group(
             len(widths), experts.num_experts, known, experts.in_features, columns, experts.max_rank,
             experts.dtype == torch.bfloat16,
-            _at(tables.a.address_NE, torch.int64), _at(tables.b.address_NE, torch.int64),
-            _at(tables.a.rows_NE, torch.int32), _at(experts.scales_NE, torch.float32),
-            _at(places_N, torch.int64), _at(width_N, torch.int64),
-            _at(gate_PH, torch.float32), _at(absent_N1, torch.bool), _at(local_G, torch.int64),
+            at(tables.a.address_NE, torch.int64), at(tables.b.address_NE, torch.int64),
+            at(tables.a.rows_NE, torch.int32), at(experts.scales_NE, torch.float32),
+            at(places_N, torch.int64), at(width_N, torch.int64),
+            at(gate_PH, torch.float32), at(absent_N1, torch.bool), at(local_G, torch.int64),
         )  # fmt: skip
         kept = structure, experts, gate_PH, absent_N1, local_G, places_N, width_N
-        return cls(addressof(structure), columns, kept)
+        return cls(addressof(structure), len(widths), columns, kept)
 
     @classmethod
     def side_by_side(cls, experts: LoraStack) -> Group:
@@ -110,11 +113,13 @@ class Pass:
     Attributes:
         at: Address of the structure.
         tokens: T.
+        slots: K.
         kept: What the structure points to.
     """
 
     at: int
     tokens: int
+    slots: int
     kept: tuple[Any, ...]
 
     @classmethod
@@ -129,12 +134,12 @@ class Pass:
         """
         structure = _Pass(
             tokens, torch.get_num_threads(), choice.slots, choice.gated, False,
-            _at(choice.auto_T, torch.bool), _at(choice.top_k_T, torch.int64),
-            _at(choice.temperature_T1, torch.float32), _at(choice.ids_TK, torch.int64),
-            _at(choice.weights_TK, torch.float32), _at(choice.prototype_E, torch.bool),
-            _at(choice.slot_E, torch.int64), _at(shares_TF, torch.float32), _at(uses_G, torch.int64),
+            at(choice.auto_T, torch.bool), at(choice.top_k_T, torch.int64),
+            at(choice.temperature_T1, torch.float32), at(choice.ids_TK, torch.int64),
+            at(choice.weights_TK, torch.float32), at(choice.prototype_E, torch.bool),
+            at(choice.slot_E, torch.int64), at(shares_TF, torch.float32), at(uses_G, torch.int64),
         )  # fmt: skip
-        return cls(addressof(structure), tokens, (structure, choice, shares_TF, uses_G))
+        return cls(addressof(structure), tokens, choice.slots, (structure, choice, shares_TF, uses_G))
 
     @classmethod
     def chosen(cls, ids_TNK: Tensor, weights_TNK: Tensor) -> Pass:
@@ -142,8 +147,8 @@ class Pass:
         ids_TNK, weights_TNK = ids_TNK.contiguous(), weights_TNK.contiguous()
         tokens, _, slots = ids_TNK.shape
         structure = _Pass(tokens, torch.get_num_threads(), slots, False, True)
-        structure.ids, structure.weights = _at(ids_TNK, torch.int64), _at(weights_TNK, torch.float32)
-        return cls(addressof(structure), tokens, (structure, ids_TNK, weights_TNK))
+        structure.ids, structure.weights = at(ids_TNK, torch.int64), at(weights_TNK, torch.float32)
+        return cls(addressof(structure), tokens, slots, (structure, ids_TNK, weights_TNK))
 
 
 def add_routed_lora(y_TY: Tensor, x_TH: Tensor, group: Group, step: Pass) -> None:
@@ -167,19 +172,24 @@ def add_routed_lora(y_TY: Tensor, x_TH: Tensor, group: Group, step: Pass) -> Non
 
 def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
     """The deltas of the N linears, each [T, O_n], in x's dtype. Arguments as in the reference; a located stack."""
-    group = stack.compiled if isinstance(stack.compiled, Group) else Group.side_by_side(stack)
-    y_TY = x_TH.new_zeros(x_TH.shape[0], group.columns)
-    add_routed_lora(y_TY, x_TH, group, Pass.chosen(ids_TNK, weights_TNK))
+    y_TY = x_TH.new_zeros(x_TH.shape[0], sum(stack.out_features))
+    add_side_by_side(y_TY, x_TH, stack, ids_TNK, weights_TNK)
     deltas: tuple[Tensor, ...] = y_TY.split(stack.out_features, dim=1)
     return deltas
+
+
+def add_side_by_side(y_TY: Tensor, x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> None:
+    """Adds the same deltas to outputs that lie side by side, of whatever shape the T tokens have there."""
+    group = stack.compiled if isinstance(stack.compiled, Group) else Group.side_by_side(stack)
+    add_routed_lora(y_TY, x_TH, group, Pass.chosen(ids_TNK, weights_TNK))
 
 
 def gate_logits(x_TH: Tensor, gate_PH: Tensor) -> Tensor:
     """fp32 logits [T, P] as ``add_routed_lora`` computes them, each row the same whatever the others are."""
     x_TH = x_TH.float().contiguous()
     out_PT = x_TH.new_empty(gate_PH.shape[0], x_TH.shape[0])
-    at = x_TH.data_ptr(), _at(gate_PH, torch.float32), out_PT.data_ptr()
-    _library().gate_logits(*at, x_TH.shape[0], *gate_PH.shape, torch.get_num_threads())
+    places = x_TH.data_ptr(), at(gate_PH, torch.float32), out_PT.data_ptr()
+    _library().gate_logits(*places, x_TH.shape[0], *gate_PH.shape, torch.get_num_threads())
     return out_PT.T.contiguous()
 
 
@@ -194,9 +204,9 @@ def choose(logits_TNE: Tensor, choice: GateChoice) -> tuple[Tensor, Tensor]:
     shape = (*logits_TNE.shape[:2], choice.slots)
     ids_TNK, weights_TNK = logits_TNE.new_empty(shape, dtype=torch.int64), logits_TNE.new_empty(shape)
     _library().choose_experts(
-        _at(logits_TNE, torch.float32), *logits_TNE.shape, choice.slots,
-        _at(choice.auto_T, torch.bool), _at(choice.top_k_T, torch.int64), _at(choice.temperature_T1, torch.float32),
-        _at(choice.ids_TK, torch.int64), _at(choice.weights_TK, torch.float32), _at(choice.prototype_E, torch.bool),
+        at(logits_TNE, torch.float32), *logits_TNE.shape, choice.slots,
+        at(choice.auto_T, torch.bool), at(choice.top_k_T, torch.int64), at(choice.temperature_T1, torch.float32),
+        at(choice.ids_TK, torch.int64), at(choice.weights_TK, torch.float32), at(choice.prototype_E, torch.bool),
         ids_TNK.data_ptr(), weights_TNK.data_ptr(),
     )  # fmt: skip
     return ids_TNK, weights_TNK
@@ -222,8 +232,7 @@ def available() -> bool:
 
 @cache
 def _library() -> CDLL:
-    folder = Path(__file__).parent
-    library = compiled(folder / "routed_lora.c", [folder / "choice.h", folder / "products.h"])
+    library = compiled(Path(__file__).with_name("routed_lora.c"), HEADERS)
     library.add_routed_lora.argtypes = [c_void_p] * 4
     library.memory_of_routed_lora.argtypes, library.memory_of_routed_lora.restype = [c_void_p] * 2, c_int64
     library.choose_experts.argtypes, library.choose_experts.restype = [c_void_p, *[c_int64] * 4, *[c_void_p] * 8], None
@@ -262,7 +271,7 @@ def _check() -> None:
         raise CannotCompile("what was compiled computes something else than its twin")
 
 
-def _at(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+def at(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
     """The address of what C reads as plain numbers."""
     if tensor is None:
         return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,13 +20,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from meteora_dist.bank import Bank
 from meteora_dist.bench.synthetic import write_synthetic_bank
 from meteora_dist.model.load import load_base
+from meteora_dist.moe.equal_exchange import AdaptiveDispatcher
+from meteora_dist.moe.in_place import DeltasInPlace
 from meteora_dist.moe.inject import inject
-from meteora_dist.moe.local import LocalDeltas
-from meteora_dist.moe.routed_model import RoutedModel
+from meteora_dist.moe.placement import Placement
+from meteora_dist.moe.routed_model import Place, RoutedModel
 from meteora_dist.moe.routing import BASE, RoutingChoice, StepRouting, named, plan_step
+from meteora_dist.moe.shared_swap import quickest_swap
+from meteora_dist.moe.wire import Wire
+from tests.support.ranks import run_ranks
 from tests.support.tiny import SPECS, load_tiny_llama
 
-EXPERTS = len(SPECS)
+EXPERTS, SLOTS = len(SPECS), 2
 PASSES = {
     "auto": [RoutingChoice()],
     "auto top-1": [RoutingChoice(top_k=1)],
@@ -42,7 +49,7 @@ def routed(tiny_base: Path, tiny_bank: Bank) -> RoutedModel:
 
 def step_of(choices: Sequence[RoutingChoice], tokens: int, trace: bool) -> StepRouting:
     lengths = [tokens // len(choices)] * (len(choices) - 1)
-    return plan_step(choices, [*lengths, tokens - sum(lengths)], EXPERTS, 2, trace)
+    return plan_step(choices, [*lengths, tokens - sum(lengths)], EXPERTS, SLOTS, trace)
 
 
 @pytest.mark.parametrize("trace", [False, True], ids=["plain", "traced"])
@@ -61,7 +68,7 @@ def test_it_adds_counts_and_records_what_the_group_does(
         steps = [step_of(PASSES[kind], tokens, trace) for _ in range(2)]
         counts = [torch.tensor(list(routed.loads.values()))]
         with torch.no_grad(), routed.context.routed(steps[0]):
-            LocalDeltas(group, columns, ends[-1]).add_to(found, x_TH)
+            DeltasInPlace(group, columns, ends[-1]).begin(x_TH)(found)
         counts.append(torch.tensor(list(routed.loads.values())))
         with torch.no_grad(), routed.context.routed(steps[1]):
             expected += torch.cat(group(x_TH), dim=1)
@@ -72,10 +79,58 @@ def test_it_adds_counts_and_records_what_the_group_does(
             torch.testing.assert_close(steps[0].shares_TE, steps[1].shares_TE)
 
 
+TOKENS = {"decoding": (3, 5, 2), "one is idle": (4, 0, 1), "one alone": (0, 0, 7), "prefill": (70, 33, 100)}
+TWIN = 1
+"""The rank that computes as ``RoutedGroup`` does, among others that do not."""
+
+
+def _spread(rank: int, base: Path, bank_path: Path, dtype: torch.dtype) -> None:
+    """Deltas of this rank's tokens, experts on three ranks, against those of a rank that holds all of them."""
+    world = dist.group.WORLD
+    assert world is not None
+    bank, wire = Bank.open(bank_path), Wire()
+    dispatcher = AdaptiveDispatcher(world, quickest_swap(world, timedelta(seconds=60)), wire)
+    placement = Placement(owners=((0, 1), (1,), (2,), (0,)), groups=3)
+    spread = inject(load_tiny_llama(base).to(dtype), bank, dtype, placement, Place(rank, dispatcher, wire))
+    alone = inject(load_tiny_llama(base).to(dtype), bank, dtype)
+    for tokens in TOKENS.values():
+        for number, choices in enumerate(PASSES.values()):
+            generator = torch.Generator().manual_seed(10 * number + rank)
+            steps = [step_of(choices, tokens[rank], True) for _ in range(2)]
+            dispatcher.expect(max(tokens))
+            for group, whole in zip(spread.groups, alone.groups, strict=True):
+                ends = torch.tensor([0, *group.shape.out_features]).cumsum(0).tolist()
+                if not tokens[rank]:
+                    group.serve(SLOTS)
+                    continue
+                deltas = DeltasInPlace(group, [slice(*pair) for pair in pairwise(ends)], ends[-1])
+                x_TH = torch.randn(tokens[rank], group.shape.in_features, generator=generator).to(dtype)
+                found, expected = torch.zeros(2, tokens[rank], ends[-1], dtype=dtype)
+                with torch.no_grad(), spread.context.routed(steps[0]):
+                    if rank == TWIN:
+                        found += torch.cat(group(x_TH), dim=1)
+                    else:
+                        deltas.begin(x_TH)(found)
+                with torch.no_grad(), alone.context.routed(steps[1]):
+                    expected += torch.cat(whole(x_TH), dim=1)
+                tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+            if tokens[rank]:
+                torch.testing.assert_close(steps[0].shares_TE, steps[1].shares_TE)
+    assert spread.loads == alone.loads
+    assert wire.rows("dispatch") > 0
+    assert wire.rows("sizes") == 0, "all of these passes are of fixed shape"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_other_ranks_add_the_same(tiny_base: Path, tiny_bank: Bank, dtype: torch.dtype) -> None:
+    run_ranks(3, _spread, tiny_base, tiny_bank.path, dtype)
+
+
 def test_a_pass_of_the_base_model_adds_nothing(routed: RoutedModel) -> None:
     group = routed.groups[1]
     y_TY = torch.ones(3, group.shape.out_features[0])
-    LocalDeltas(group, [slice(None)], y_TY.shape[1]).add_to(y_TY, torch.randn(3, group.shape.in_features))
+    DeltasInPlace(group, [slice(None)], y_TY.shape[1]).begin(torch.randn(3, group.shape.in_features))(y_TY)
     assert torch.equal(y_TY, torch.ones(3, group.shape.out_features[0]))
 
 
@@ -107,12 +162,12 @@ def test_4096_tokens_need_at_most_twice_the_memory_of_their_outputs(wide: Routed
     ends = torch.tensor([0, *group.shape.out_features]).cumsum(0).tolist()
     y_TY = torch.zeros(4096, ends[-1])
     x_TH = torch.randn(4096, group.shape.in_features)
-    deltas = LocalDeltas(group, [slice(*pair) for pair in pairwise(ends)], ends[-1])
+    deltas = DeltasInPlace(group, [slice(*pair) for pair in pairwise(ends)], ends[-1])
     step = plan_step([choice], [4096], wide.num_experts, 2)
 
     def run() -> None:
         with torch.no_grad(), group.context.routed(step):
-            deltas.add_to(y_TY, x_TH)
+            deltas.begin(x_TH)(y_TY)
 
     assert most_held(run) <= 2 * y_TY.nbytes
 
