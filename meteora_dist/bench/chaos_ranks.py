@@ -23,8 +23,8 @@ class FragileRank(FindableRank):
     """A rank that fails on request."""
 
     async def break_next_pass(self) -> None:
-        """Plants an error at the first routed linears of the model."""
-        self._running().routed.groups[0].register_forward_pre_hook(_fail)
+        """Plants an error at the first layer of the model."""
+        self._running().routed.model.get_decoder().layers[0].register_forward_pre_hook(_fail)
 
 
 def _fail(*_: object) -> None:
