@@ -18,7 +18,7 @@ from torch import Tensor
 from meteora_dist.adapters.files import read_json_object, sha256_file
 from meteora_dist.adapters.header import Header, TensorInfo, read_header
 from meteora_dist.adapters.peft_config import LoraSettings, parse_settings
-from meteora_dist.adapters.tensors import Block, is_floating, read_blocks, read_into
+from meteora_dist.adapters.tensors import Block, is_floating, read_blocks, read_into, torch_dtype
 from meteora_dist.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -76,12 +76,26 @@ class PairPlace(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
-    """What is known of one linear's pair without reading it."""
+    """What is known of one linear's pair without reading it.
+
+    Attributes:
+        rank: R.
+        in_features: H.
+        out_features: O.
+        scale: s.
+        dtype: Of both matrices in the file; where they differ, the one that holds the numbers of both.
+    """
 
     rank: int
     in_features: int
     out_features: int
     scale: float
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in both matrices."""
+        return self.rank * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +123,7 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """Numbers in its matrices."""
-        return sum(shape.rank * (shape.in_features + shape.out_features) for shape in self.shapes.values())
+        return sum(shape.parameters for shape in self.shapes.values())
 
     def load(
         self,
@@ -267,7 +281,8 @@ def _shape(path: Path, module: str, a: TensorInfo, b: TensorInfo, settings: Lora
         raise AdapterError(path, f"lora_A of {module} has rank {a.shape[0]}; {CONFIG_FILE} gives it rank {rank}")
     if b.shape[1] != rank:
         raise AdapterError(path, f"lora_B of {module} has rank {b.shape[1]}; {CONFIG_FILE} gives it rank {rank}")
-    return LoraShape(rank, a.shape[1], b.shape[0], settings.scale_of(module))
+    dtype = torch.promote_types(torch_dtype(a.dtype), torch_dtype(b.dtype))
+    return LoraShape(rank, a.shape[1], b.shape[0], settings.scale_of(module), dtype)
 
 
 def _listed(names: list[str]) -> str:

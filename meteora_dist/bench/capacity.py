@@ -119,14 +119,14 @@ def measure_capacity(plan: CapacityPlan, advance: Callable[[], None]) -> list[Ca
 def measure_limit(plan: CapacityPlan, experts: int, advance: Callable[[], None]) -> tuple[LimitRow, list[CapacityRow]]:
     """Gives one bank to one rank under a limit, to the same rank without it, and to two ranks under that limit.
 
-    The limit is half way between what one rank has to hold and what each of two has to. ``advance`` is called after
-    each world. Tokens are compared, so ``plan.dtype`` should be float32.
+    Random experts are bfloat16 and stay so. The limit is half way between what one rank has to hold and what each of
+    two has to. ``advance`` is called after each world. Tokens are compared, so ``plan.dtype`` should be float32.
 
     Returns:
         What became of them, and what the ranks held that served: one without a limit, two under it if they did.
     """
     one, two = Mesh(), Mesh(ep=2)
-    demand = Demand(experts, plan.rank, plan.dtype, kv_tokens=KV_TOKENS)
+    demand = Demand(experts, plan.rank, plan.dtype, kv_tokens=KV_TOKENS, expert_dtype="bfloat16")
     shape = shape_of(str(plan.model))
     # On the CPU an output layer that is the embedding is packed beside it.
     head = shape.vocabulary * shape.hidden * demand.number_bytes if shape.tied else 0

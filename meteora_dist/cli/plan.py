@@ -33,6 +33,9 @@ def command(
     top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
     target: Annotated[list[str] | None, typer.Option(help="Linear the experts adapt; repeat. [all seven]")] = None,
     routers: Annotated[bool, typer.Option("--routers", help="The bank has layer routers; counted with gates.")] = False,
+    expert_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of experts; CPUs keep bfloat16. [as --dtype]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Compute memory per rank, bytes on the wire per token, and the ep x tp layouts that fit, best first.
@@ -41,7 +44,8 @@ def command(
 
     Example: meteora plan --model Llama-3.1-8B --experts 1000 --rank 16 --gpus 8 --gpu-memory 80GiB
     """
-    demand = Demand(experts, rank, dtype, kv_tokens, top_k, None if target is None else frozenset(target), routers)
+    targets = None if target is None else frozenset(target)
+    demand = Demand(experts, rank, dtype, kv_tokens, top_k, targets, routers, expert_dtype)
     hardware = Hardware(gpus, parse_bytes(gpu_memory), headroom)
     result = plan(shape_of(model), demand, hardware, ep, tp)
     if as_json:

@@ -59,11 +59,6 @@ class EngineConfig(StrictModel):
         return self
 
     @property
-    def number_bytes(self) -> int:
-        """Bytes of one number in ``dtype``."""
-        return {"float32": 4, "bfloat16": 2}[self.dtype]
-
-    @property
     def mesh(self) -> Mesh:
         """The ranks' places."""
         return Mesh(self.ep, self.tp)

@@ -16,19 +16,32 @@ from meteora_dist.adapters import Adapter, PairPlace
 from meteora_dist.bank import Bank
 from meteora_dist.errors import AdapterError, BankError
 from meteora_dist.moe.sharding import GroupShape
-from meteora_kernels.routed_lora.plan import arrange, located, runs_kernels
+from meteora_kernels.routed_lora.plan import arrange, held_dtype, located, runs_kernels
 from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, stack
 
 
-def unread_expert(adapter: Adapter, shape: GroupShape, dtype: torch.dtype) -> Expert:
+def unread_expert(adapter: Adapter, shape: GroupShape, dtype: torch.dtype, device: torch.device) -> Expert:
     """This rank's part of one expert at the linears of a group, with matrices that are not here yet.
 
     All ranks of a tp group cut the same digests alike, whenever they do.
 
+    Args:
+        adapter: The expert's.
+        shape: Of the group.
+        dtype: Of the linears' inputs; see ``held_dtype``.
+        device: Where the matrices will be.
+
     Raises:
         AdapterError: The adapter is for linears of another shape.
     """
-    return tuple(_unread(adapter, shape, linear, dtype) for linear in range(len(shape.names)))
+    return tuple(_unread(adapter, shape, linear, dtype, device) for linear in range(len(shape.names)))
+
+
+def held_bytes(adapter: Adapter, dtype: torch.dtype, device_type: str) -> int:
+    """Memory that an adapter's matrices take, on all ranks that share them; arguments as for ``held_dtype``."""
+    return sum(
+        shape.parameters * held_dtype(shape.dtype, dtype, device_type).itemsize for shape in adapter.shapes.values()
+    )
 
 
 def read_expert(adapter: Adapter, places: Iterable[tuple[GroupShape, Expert]]) -> None:
@@ -100,14 +113,17 @@ def _adapts(adapter: Adapter, shape: GroupShape, linear: int) -> bool:
     return True
 
 
-def _unread(adapter: Adapter, shape: GroupShape, linear: int, dtype: torch.dtype) -> LoraPart | None:
+def _unread(
+    adapter: Adapter, shape: GroupShape, linear: int, dtype: torch.dtype, device: torch.device
+) -> LoraPart | None:
     if not _adapts(adapter, shape, linear):
         return None
     known = adapter.shapes[shape.names[linear]]
     cut = shape.cut(linear, known.rank, adapter.digest)
+    held = held_dtype(known.dtype, dtype, device.type)
 
     def unread(rows: slice, columns: slice) -> Tensor:
-        return torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype, device="meta")
+        return torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=held, device="meta")
 
     return LoraPart(
         a_RH=unread(cut.ranks_a, cut.inputs),

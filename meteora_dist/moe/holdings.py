@@ -102,8 +102,8 @@ def first_states(
         shapes: The linears of each.
         holdings: What is to be held.
         group: This rank's expert-parallel group.
-        dtype: Of the experts.
-        device: Where they go.
+        dtype: Of the linears' inputs.
+        device: Where the experts go.
 
     Raises:
         CheckpointError: A file has changed, or does not fit the base model.
@@ -133,9 +133,8 @@ def next_states(groups: Iterable[RoutedGroup], now: Holdings, then: Holdings, gr
 
 def resident(states: Sequence[GroupState]) -> Resident:
     """Memory behind the states; what several tensors share counts once, and what a tensor keeps alive counts whole."""
-    parts = [part for state in states for expert in state.stack.experts for part in expert if part]
     return Resident(
-        expert_bytes=_storage_bytes(matrix for part in parts for matrix in (part.a_RH, part.b_RO)),
+        expert_bytes=_storage_bytes(matrix for state in states for matrix in state.stack.matrices),
         gate_bytes=_storage_bytes(gate_PH for state in states for gate_PH in state.gates),
     )
 
@@ -158,7 +157,9 @@ def _states(
     for shape, old in zip(shapes, before, strict=True):
         dtype, device = old.stack.dtype, old.stack.scales_NE.device
         experts = [
-            old.stack.experts[places[digest]] if digest in places else unread_expert(adapters[digest], shape, dtype)
+            old.stack.experts[places[digest]]
+            if digest in places
+            else unread_expert(adapters[digest], shape, dtype, device)
             for digest in wanted
         ]
         gates = dict(zip(now.banks, zip(old.gates, old.absent, strict=True), strict=True))

@@ -34,7 +34,7 @@ def inject(
     Args:
         model: Changed in place.
         bank: The only generation.
-        dtype: Of this rank's experts.
+        dtype: Of the model; its experts', see ``held_dtype``.
         placement: Of the bank's adapters, each in the slot of its index; by default one group holds all.
         place: This rank's; by default it is alone.
         before: Makes what stands between a group and its linears; None for nothing.
@@ -61,7 +61,7 @@ def inject_holdings(
         model: A causal language model with the usual projection names (Llama, Qwen, Mistral ...), changed in place; on
             the ranks of a tp group, each with its part of it.
         holdings: The live generations, and who holds what of them.
-        dtype: Of this rank's experts.
+        dtype: Of the model; its experts', see ``held_dtype``.
         place: This rank's; by default it is alone.
         before: Makes what stands between a group and its linears; None for nothing.
 

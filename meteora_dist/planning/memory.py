@@ -12,6 +12,7 @@ from meteora_dist.engine.mesh import Mesh
 from meteora_dist.errors import PlanError
 from meteora_dist.planning.shapes import LinearShape, ModelShape
 
+_BYTES = {"float32": 4, "bfloat16": 2}
 GATE_BYTES = 4
 """Gates are fp32, whatever the model is."""
 
@@ -28,6 +29,7 @@ class Demand:
         top_k: Experts a token uses.
         targets: Linears every expert adapts, by the last part of their names; None for all.
         routers: Whether the bank has layer routers, for ``auto-sequence``.
+        expert_dtype: Of the experts; None for ``dtype``. CPUs keep experts that are stored in bfloat16 so.
     """
 
     experts: int
@@ -37,6 +39,7 @@ class Demand:
     top_k: int = 2
     targets: frozenset[str] | None = None
     routers: bool = False
+    expert_dtype: Literal["float32", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         """Refuses numbers that mean nothing.
@@ -51,7 +54,12 @@ class Demand:
     @property
     def number_bytes(self) -> int:
         """Bytes of a number of ``dtype``."""
-        return {"float32": 4, "bfloat16": 2}[self.dtype]
+        return _BYTES[self.dtype]
+
+    @property
+    def expert_number_bytes(self) -> int:
+        """Bytes of a number of an expert."""
+        return _BYTES[self.expert_dtype or self.dtype]
 
     def groups(self, shape: ModelShape) -> tuple[tuple[LinearShape, ...], ...]:
         """The targeted linears of a layer, those that share an input together.
@@ -98,7 +106,7 @@ def kv_bytes_per_token(shape: ModelShape, demand: Demand, tp: int) -> int:
 def bank_bytes(shape: ModelShape, demand: Demand) -> int:
     """Bytes of all experts: R (H_n + O_n) numbers an expert and linear."""
     widths = sum(linear.in_features + linear.out_features for group in demand.groups(shape) for linear in group)
-    return shape.layers * demand.experts * demand.rank * widths * demand.number_bytes
+    return shape.layers * demand.experts * demand.rank * widths * demand.expert_number_bytes
 
 
 def gate_parameters(shape: ModelShape, demand: Demand, tp: int = 1) -> int:
@@ -116,7 +124,7 @@ def rank_memory(shape: ModelShape, demand: Demand, mesh: Mesh) -> RankMemory:
     """What the fullest rank of ``mesh`` holds; it is the one that the experts left over by a division go to."""
     return RankMemory(
         base=shape.parameters(mesh.tp) * demand.number_bytes,
-        bank=_bank_numbers(shape, demand, mesh) * demand.number_bytes,
+        bank=_bank_numbers(shape, demand, mesh) * demand.expert_number_bytes,
         gates=(gate_parameters(shape, demand, mesh.tp) + router_parameters(shape, demand)) * GATE_BYTES,
         kv=kv_bytes_per_token(shape, demand, mesh.tp) * demand.kv_tokens,
     )

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from meteora_dist.bank import Bank, BankEdit, BankManifest, ExpertEntry, NewExpert, edit_bank, preview
 from meteora_dist.errors import AdapterError, CheckpointError, EngineUnavailable, MeteoraError, StaleGeneration
+from meteora_dist.model.load import torch_dtype
 from meteora_dist.moe.balance import Demands, rebalanced
+from meteora_dist.moe.experts import held_bytes
 from meteora_dist.moe.residency import Residency
 from meteora_dist.serving.background import Background
 from meteora_dist.serving.catalog import Catalog
@@ -161,12 +163,13 @@ class ExpertAdmin:
         """The experts of the newest generation, in its order; raises EngineUnavailable when a rank is lost."""
         loads, residency, bank = await self._loads(), self._world.residency, self._newest
         owners_of = dict(zip(residency.roster.slots, residency.placement.owners, strict=True))
-        number_bytes = self._world.blueprint.config.number_bytes
+        config = self._world.blueprint.config
+        dtype, device_type = torch_dtype(config.dtype), "cuda" if config.rank_gpus else "cpu"
         return tuple(
             ExpertStatus(
                 entry=entry,
                 groups=owners_of[entry.digest],
-                resident_bytes=adapter.parameters * number_bytes * len(owners_of[entry.digest]),
+                resident_bytes=held_bytes(adapter, dtype, device_type) * len(owners_of[entry.digest]),
                 requests=self._service.requests[entry.name],
                 routed=loads[entry.digest],
             )

@@ -47,7 +47,7 @@ class GroupExperts(nn.Module):
         return self.group.names
 
     def deltas(self, x_TH: Tensor, slots_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
-        """As ``RoutedGroup.deltas``, with the experts as they are now, in the dtype they were loaded in."""
+        """As ``RoutedGroup.deltas``, with the experts as they are now, in the dtype of the model."""
         if self.lora is None:
             return self.group.deltas(x_TH, slots_TNK, weights_TNK)
         self._install(self.lora.to(self._stack.dtype))

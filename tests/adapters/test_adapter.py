@@ -57,7 +57,7 @@ def test_reads_what_config_and_file_say(tmp_path: Path) -> None:
     peft_adapter(tmp_path, r=4, lora_alpha=8, use_rslora=True, target_modules=["k_proj"])
     adapter = read_adapter(tmp_path)
     assert (adapter.path, adapter.rank, adapter.alpha, adapter.rslora) == (tmp_path, 4, 8, True)
-    expected = LoraShape(rank=4, in_features=16, out_features=8, scale=8 / math.sqrt(4))
+    expected = LoraShape(rank=4, in_features=16, out_features=8, scale=8 / math.sqrt(4), dtype=torch.float32)
     assert adapter.shapes == {f"model.layers.{layer}.self_attn.k_proj": expected for layer in (0, 1)}
 
 
@@ -67,6 +67,7 @@ def test_loads_in_the_dtype_asked_for(tmp_path: Path) -> None:
     adapter = read_adapter(tmp_path)
     assert adapter.load(Q0).a_RH.dtype == torch.float32
     assert adapter.load(Q0, dtype=torch.bfloat16).b_OR.dtype == torch.bfloat16
+    assert adapter.shapes[Q0].dtype == torch.float32
     kept = adapter.load(Q0, dtype=None)
     assert (kept.a_RH.dtype, kept.b_OR.dtype) == (torch.float16, torch.float32)
 

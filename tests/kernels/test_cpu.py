@@ -13,7 +13,7 @@ from meteora_kernels.gate.choice import GateChoice
 from meteora_kernels.gate.reference import choose_reference
 from meteora_kernels.routed_lora.cpu import operators as cpu
 from meteora_kernels.routed_lora.reference import routed_lora_reference
-from meteora_kernels.routed_lora.stack import LoraStack, stack, whole_part
+from meteora_kernels.routed_lora.stack import LoraPart, LoraStack, stack, whole_part
 from meteora_kernels.routed_lora.tables import tables_of
 
 INPUTS, WIDTHS = 37, (21, 16, 50)
@@ -24,14 +24,29 @@ COLUMNS = sum(WIDTHS) + 5
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="there is no C compiler")
 
 
-def a_stack(experts: int, ranks: tuple[int | None, ...], g: torch.Generator, dtype: torch.dtype) -> LoraStack:
-    """Expert e has rank number e + n of ``ranks``, in turn, at linear n; None for none."""
+TYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-in-fp32": (torch.float32, torch.bfloat16),
+}
+"""Of inputs and outputs, and of every other expert's matrices, whose numbers are those of bfloat16 in any case."""
+
+
+def a_stack(
+    experts: int,
+    ranks: tuple[int | None, ...],
+    g: torch.Generator,
+    dtype: torch.dtype,
+    other: torch.dtype | None = None,
+) -> LoraStack:
+    """Expert e has rank number e + n of ``ranks``, in turn, at linear n; None for none. Odd ones are of ``other``."""
 
     def part(e: int, n: int):
         if not (rank := ranks[(e + n) % len(ranks)]):
             return None
         a_RH, b_OR = torch.randn(rank, INPUTS, generator=g), torch.randn(WIDTHS[n], rank, generator=g)
-        return whole_part((a_RH / 6, b_OR / rank, 0.5 + 0.25 * (e % 3)), dtype)
+        a_RH, b_OR = (a_RH / 6).to(other or dtype), (b_OR / rank).to(other or dtype)
+        return whole_part((a_RH, b_OR, 0.5 + 0.25 * (e % 3)), other if other and e % 2 else dtype)
 
     held = stack([tuple(part(e, n) for n in range(3)) for e in range(experts)], INPUTS, WIDTHS, dtype)
     return replace(held, tables=tables_of(held, 16))
@@ -77,12 +92,13 @@ def gates(experts: int, g: torch.Generator) -> Tensor:
         (0, 3, 2, (4,)),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("types", TYPES)
 def test_it_chooses_counts_and_adds_as_the_twins_do(
-    tokens: int, experts: int, slots: int, ranks: tuple[int | None, ...], mixed: bool, dtype: torch.dtype
+    tokens: int, experts: int, slots: int, ranks: tuple[int | None, ...], mixed: bool, types: str
 ) -> None:
     g = torch.Generator().manual_seed(tokens + experts)
-    held, gate_PH = a_stack(experts, ranks, g, dtype), gates(experts, g)
+    dtype, other = TYPES[types]
+    held, gate_PH = a_stack(experts, ranks, g, dtype, other), gates(experts, g)
     choice = replace(
         a_choice(tokens, experts, slots, g, mixed),
         absent_N1=torch.tensor([[False], [True], [False]]) if mixed else None,
@@ -132,6 +148,24 @@ def test_a_token_has_the_same_bits_alone_in_company_and_on_any_threads(dtype: to
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(cpu.gate_logits(x_TH, gate_PH)[5:6], cpu.gate_logits(x_TH[5:6], gate_PH))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 63])
+def test_bfloat16_matrices_are_the_same_numbers_in_half_the_memory(tokens: int) -> None:
+    g = torch.Generator().manual_seed(6)
+    halves = a_stack(12, (8, None, 5), g, torch.float32, torch.bfloat16)
+    wide = [tuple(part and widened(part) for part in expert) for expert in halves.experts]
+    wides = stack(wide, INPUTS, WIDTHS, torch.float32)
+    assert halves.nbytes < wides.nbytes
+    gate_PH, choice, x_TH = gates(12, g), a_choice(tokens, 12, 2, g, mixed=True), torch.randn(tokens, INPUTS)
+    found_TY, expected_TY = torch.zeros(2, tokens, COLUMNS)
+    add(found_TY, x_TH, halves, gate_PH, choice)
+    add(expected_TY, x_TH, replace(wides, tables=tables_of(wides, 16)), gate_PH, choice)
+    assert torch.equal(found_TY, expected_TY)
+
+
+def widened(part: LoraPart) -> LoraPart:
+    return replace(part, a_RH=part.a_RH.float(), b_RO=part.b_RO.float())
 
 
 def test_ties_go_to_the_smaller_number_and_not_a_number_comes_first() -> None:

@@ -112,6 +112,57 @@ def test_gradients_reach_input_and_weights(operator: RoutedLora) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def halved(pairs: LoraStack) -> LoraStack:
+    """The same experts in bfloat16, for inputs as before."""
+    experts = [
+        tuple(part and replace(part, a_RH=part.a_RH.bfloat16(), b_RO=part.b_RO.bfloat16()) for part in expert)
+        for expert in pairs.experts
+    ]
+    return stack(experts, pairs.in_features, pairs.out_features, pairs.dtype)
+
+
+@pytest.mark.parametrize("operator", [*FAST, plan.routed_lora])
+def test_bfloat16_matrices_meet_fp32_inputs(operator: RoutedLora) -> None:
+    g = torch.Generator().manual_seed(11)
+    pairs = halved(random_stack(g))
+    ids_TNK = routing("holes", 8, 2, 2, 5, g)
+    weights_TNK = torch.rand(ids_TNK.shape, generator=g).masked_fill(ids_TNK < 0, 0.0)
+    x_TH = torch.randn(8, 12, generator=g)
+    if operator is plan.routed_lora:
+        pairs = plan.located(plan.arrange(pairs))
+    for delta_TO, expected_TO in zip(
+        operator(x_TH, pairs, ids_TNK, weights_TNK),
+        routed_lora_reference(x_TH, pairs, ids_TNK, weights_TNK),
+        strict=True,
+    ):
+        assert delta_TO.dtype == torch.float32
+        torch.testing.assert_close(delta_TO, expected_TO, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_two_types_are_not_packed() -> None:
+    pairs = random_stack(torch.Generator().manual_seed(12))
+    assert plan.arrange(pairs).packed is not None
+    assert plan.arrange(halved(pairs)).packed is not None
+    mixed = stack([*pairs.experts, *halved(pairs).experts], 12, pairs.out_features, torch.float32)
+    assert plan.arrange(mixed).packed is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "device_type", "held"),
+    [
+        (torch.bfloat16, torch.float32, "cpu", torch.bfloat16),
+        (torch.float32, torch.float32, "cpu", torch.float32),
+        (torch.float16, torch.float32, "cpu", torch.float32),
+        (torch.float32, torch.bfloat16, "cpu", torch.bfloat16),
+        (torch.bfloat16, torch.float32, "cuda", torch.float32),
+    ],
+)
+def test_the_type_matrices_are_held_in(
+    stored: torch.dtype, dtype: torch.dtype, device_type: str, held: torch.dtype
+) -> None:
+    assert plan.held_dtype(stored, dtype, device_type) == held
+
+
 def test_shrink_by_hand() -> None:
     # One linear, ranks 2 and 1, of which row 1 of expert 0 is held elsewhere. Slots are as wide as the largest rank.
     first = LoraPart(torch.tensor([[1.0, 2.0]]), torch.zeros(2, 3), 5.0, rank=2, first_a=0)

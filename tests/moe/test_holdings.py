@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meteora_dist.bank import Bank, BankEdit, NewExpert, edit_bank, write_bank
 from meteora_dist.errors import AdapterError, BankError
+from meteora_dist.moe.experts import held_bytes
 from meteora_dist.moe.holdings import Holdings, first_states
 from meteora_dist.moe.inject import inject, inject_holdings
 from meteora_dist.moe.placement import contiguous
@@ -114,6 +117,24 @@ def test_memory_follows_what_is_held(routed: RoutedModel, banks: tuple[Bank, ...
     assert routed.resident.gate_bytes == first.gate_bytes + 4 * 5 * widths
     go(routed, routed.holdings.residency.without(2))
     assert routed.resident == first
+
+
+def test_bfloat16_adapters_stay_so_beside_others(
+    tiny_base: Path, routed: RoutedModel, tiny_bank: Bank, tmp_path: Path
+) -> None:
+    file = write_adapter(tiny_base, tmp_path / "written", EXTRA, seed=33) / "adapter_model.safetensors"
+    halves = {name: matrix.bfloat16() for name, matrix in load_file(file).items()}
+    banks = []
+    for folder, matrices in (("half", halves), ("wide", {name: matrix.float() for name, matrix in halves.items()})):
+        shutil.copytree(file.parent, tmp_path / folder)
+        save_file(matrices, tmp_path / folder / file.name)
+        edit = BankEdit(add={"extra": NewExpert(tmp_path / folder)})
+        banks.append(edit_bank(tiny_bank, edit, tmp_path / f"bank-{folder}"))
+    first = routed.resident.expert_bytes
+    go(routed, routed.holdings.residency.with_bank(banks[0]))
+    assert routed.resident.expert_bytes == first + sum(matrix.nbytes for matrix in halves.values())
+    assert held_bytes(banks[0].adapters[-1], torch.float32, "cpu") == sum(matrix.nbytes for matrix in halves.values())
+    alike(answers(routed, banks[0]), fresh(tiny_base, banks[1]))
 
 
 def test_memory_follows_into_another_regime_and_back(routed: RoutedModel, banks: tuple[Bank, ...]) -> None:

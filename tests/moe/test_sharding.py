@@ -59,7 +59,8 @@ def test_what_the_ranks_read_is_the_pair(tiny_bank: Bank, tp: int, linear: str, 
         a_RH, b_OR = torch.full_like(whole.a_RH, torch.nan), torch.full_like(whole.b_OR, torch.nan)
         held = 0
         for shape in shapes:
-            (expert,) = stack_experts([unread_expert(adapter, shape, torch.float32)], shape, torch.float32, CPU).experts
+            unread = unread_expert(adapter, shape, torch.float32, CPU)
+            (expert,) = stack_experts([unread], shape, torch.float32, CPU).experts
             read_expert(adapter, [(shape, expert)])
             (part,) = expert
             assert part is not None

@@ -34,6 +34,12 @@ def test_a_bank_by_hand() -> None:
     assert bank_bytes(TINY, Demand(experts=3, rank=5)) == 116 * 3 * 5 * 2
 
 
+def test_experts_may_have_a_type_of_their_own() -> None:
+    demand = Demand(experts=3, rank=5, dtype="float32", expert_dtype="bfloat16")
+    assert bank_bytes(TINY, demand) == rank_memory(TINY, demand, Mesh()).bank == 116 * 3 * 5 * 2
+    assert rank_memory(TINY, demand, Mesh()).base == 4 * TINY.parameters(tp=1)
+
+
 def test_a_rank_of_two_by_two_by_hand() -> None:
     # 6 experts of rank 1 in fp32: a group holds 3 ranks of a linear, of which the fuller rank of the group has 2.
     # Column-parallel, A by rank and B by output: q 2*8 + 3*4, k and v 2*8 + 3*2, gate and up 2*8 + 3*6.

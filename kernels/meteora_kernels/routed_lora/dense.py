@@ -19,9 +19,9 @@ from meteora_kernels.routed_lora.stack import Expert, LoraPart, LoraStack, Packe
 def routed_lora_dense(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
     """The deltas of the N linears, each [T, O_n], in x's dtype. Arguments as in the reference; a packed stack."""
     packed = _packed(stack)
-    shrunk_TC = linear(x_TH, packed.a_CH) * _row_weights(stack, ids_TNK, weights_TNK).to(x_TH.dtype)
+    shrunk_TC = linear(x_TH, packed.a_CH.to(x_TH.dtype)) * _row_weights(stack, ids_TNK, weights_TNK).to(x_TH.dtype)
     parts = shrunk_TC.split([len(b_CO) for b_CO in packed.b_CO], dim=1)
-    return tuple(part_TC @ b_CO for part_TC, b_CO in zip(parts, packed.b_CO, strict=True))
+    return tuple(part_TC @ b_CO.to(x_TH.dtype) for part_TC, b_CO in zip(parts, packed.b_CO, strict=True))
 
 
 def _row_weights(stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> Tensor:
@@ -44,11 +44,12 @@ def pack(stack: LoraStack) -> LoraStack:
     What is not here yet (see ``stack.py``) has room there, uninitialised.
     """
     assert stack.whole, "parts of pairs cannot be packed"
+    (dtype,) = stack.matrix_dtypes
     held = [
         [(e, part) for e, expert in enumerate(stack.experts) if (part := expert[n])] for n in range(stack.num_linears)
     ]
     owners = [n * stack.num_experts + e for n, row in enumerate(held) for e, part in row for _ in range(part.rank)]
-    empty = partial(torch.empty, dtype=stack.dtype, device=stack.scales_NE.device)
+    empty = partial(torch.empty, dtype=dtype, device=stack.scales_NE.device)
     packed = Packed(
         a_CH=empty(len(owners), stack.in_features),
         b_CO=tuple(empty(rows, width) for rows, width in zip(stack.columns, stack.out_features, strict=True)),

@@ -27,8 +27,8 @@ def routed_lora_grouped(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights
         for part, pairs_P in _by_expert(stack, n, ids_TNK):
             tokens_P = pairs_P // slots
             scales_P1 = (weights_P[pairs_P] * part.scale)[:, None]
-            shrunk_PR = linear(x_TH[tokens_P], part.a_RH) * scales_P1.to(x_TH.dtype)
-            delta_TO.index_add_(0, tokens_P, (shrunk_PR @ part.b_RO).float())
+            shrunk_PR = linear(x_TH[tokens_P], part.a_RH.to(x_TH.dtype)) * scales_P1.to(x_TH.dtype)
+            delta_TO.index_add_(0, tokens_P, (shrunk_PR @ part.b_RO.to(x_TH.dtype)).float())
         deltas.append(delta_TO.to(x_TH.dtype))
     return tuple(deltas)
 
@@ -41,13 +41,13 @@ def shrink_grouped(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor) -> Tensor:
         shrunk_PR = x_TH.new_zeros(x_TH.shape[0] * slots, stack.max_rank, dtype=torch.float32)
         for part, pairs_P in _by_expert(stack, n, ids_TNK):
             ranks = slice(part.first_a, part.first_a + part.a_RH.shape[0])
-            shrunk_PR[pairs_P, ranks] = linear(x_TH[pairs_P // slots], part.a_RH).float()
+            shrunk_PR[pairs_P, ranks] = linear(x_TH[pairs_P // slots], part.a_RH.to(x_TH.dtype)).float()
         by_linear.append(shrunk_PR.view(x_TH.shape[0], slots, stack.max_rank))
     return torch.stack(by_linear, dim=1)
 
 
 def expand_grouped(shrunk_TNKR: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> tuple[Tensor, ...]:
-    """The deltas of the N linears, each [T, O_n], in the dtype of the matrices. Arguments as in the reference."""
+    """The deltas of the N linears, each [T, O_n], in the dtype of the stack. Arguments as in the reference."""
     slots = ids_TNK.shape[-1]
     deltas = []
     for n, width in enumerate(stack.out_features):
@@ -56,7 +56,8 @@ def expand_grouped(shrunk_TNKR: Tensor, stack: LoraStack, ids_TNK: Tensor, weigh
         for part, pairs_P in _by_expert(stack, n, ids_TNK):
             ranks = slice(part.first_b, part.first_b + part.b_RO.shape[0])
             scaled_PR = shrunk_PR[pairs_P, ranks] * (weights_P[pairs_P] * part.scale)[:, None]
-            delta_TO.index_add_(0, pairs_P // slots, (scaled_PR.to(stack.dtype) @ part.b_RO).float())
+            expanded_PO = scaled_PR.to(stack.dtype) @ part.b_RO.to(stack.dtype)
+            delta_TO.index_add_(0, pairs_P // slots, expanded_PO.float())
         deltas.append(delta_TO.to(stack.dtype))
     return tuple(deltas)
 

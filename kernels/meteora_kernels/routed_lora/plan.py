@@ -39,19 +39,19 @@ class Plan:
     launch: Launch
 
 
-def plan(tokens: int, ranks: Sequence[Sequence[int]], whole: bool, device: str) -> Plan:
+def plan(tokens: int, ranks: Sequence[Sequence[int]], packable: bool, device: str) -> Plan:
     """The plan of a pass.
 
     Args:
         tokens: T.
         ranks: For each of N linears the rank of every expert held here, 0 where it has none.
-        whole: Whether all pairs are held with all their ranks: parts of pairs are always grouped.
+        packable: Whether all pairs are held with all their ranks and in one type: others are always grouped.
         device: Its name, see ``device_name``.
     """
     tiles = tiles_of(device)
     small = max(map(sum, ranks), default=0) <= tiles.dense_columns
     # Without any expert there is nothing to pack; a group may hold none.
-    dense = small and whole and any(map(len, ranks))
+    dense = small and packable and any(map(len, ranks))
     return Plan("dense" if dense else "grouped", launch_of(tokens, tiles))
 
 
@@ -70,14 +70,28 @@ def runs_compiled(stack: LoraStack) -> bool:
     return stack.tables is not None and stack.scales_NE.device.type == "cpu"
 
 
+def held_dtype(stored: torch.dtype, dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The type in which matrices of a file are held for inputs of ``dtype``.
+
+    What a CPU computes with few tokens takes as long as reading the matrices, so bfloat16 stays what it is: made wider
+    when it is read, it is the same numbers in half the memory. Kernels of a GPU want matrices of their inputs' type.
+
+    Args:
+        stored: The file's.
+        dtype: Of the inputs.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    return stored if device_type == "cpu" and stored == torch.bfloat16 else dtype
+
+
 def arrange(stack: LoraStack) -> LoraStack:
-    """The stack as its regime wants it: packed when it is small and made of whole pairs, as it is otherwise.
+    """The stack as its regime wants it: packed when it is small and made of whole pairs of one type, else as it is.
 
     Either way there is room for the matrices that are not here yet.
     """
     ranks = [[0 if (part := expert[n]) is None else part.a_RH.shape[0] for expert in stack.experts]
              for n in range(stack.num_linears)]  # fmt: skip
-    chosen = plan(0, ranks, stack.whole, device_name(stack.scales_NE.device))
+    chosen = plan(0, ranks, stack.whole and len(stack.matrix_dtypes) == 1, device_name(stack.scales_NE.device))
     return pack(stack) if chosen.regime == "dense" else with_room(stack)
 
 

@@ -79,7 +79,7 @@ class LoraStack:
         experts: E experts; their index is the id that operators take.
         in_features: H.
         out_features: O_n of every linear.
-        dtype: Of the matrices.
+        dtype: Of inputs and deltas. Matrices have it too, or are bfloat16 (see ``plan.held_dtype``).
         scales_NE: s of every pair; 0 where the expert lacks the linear.
         max_rank: Largest R of a whole pair, 0 without any; equal in all processes that share the experts.
         packed: The same matrices side by side, of which those of ``experts`` are views; None where they are not.
@@ -118,10 +118,20 @@ class LoraStack:
         return all(part.whole for expert in self.experts for part in expert if part)
 
     @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """All of them, A before transposed B, expert by expert."""
+        parts = [part for expert in self.experts for part in expert if part]
+        return tuple(matrix for part in parts for matrix in (part.a_RH, part.b_RO))
+
+    @property
+    def matrix_dtypes(self) -> frozenset[torch.dtype]:
+        """Types of the matrices; the stack's own without any."""
+        return frozenset(matrix.dtype for matrix in self.matrices) or frozenset({self.dtype})
+
+    @property
     def nbytes(self) -> int:
         """Memory of the matrices in bytes."""
-        parts = [part for expert in self.experts for part in expert if part]
-        return sum(part.a_RH.nbytes + part.b_RO.nbytes for part in parts)
+        return sum(matrix.nbytes for matrix in self.matrices)
 
 
 def stack(
@@ -137,7 +147,7 @@ def stack(
         experts: E experts of N linears.
         in_features: H.
         out_features: O_n of every linear.
-        dtype: Of the matrices.
+        dtype: Of inputs and deltas.
         device: Where the matrices are.
     """
     scales = [[part.scale if (part := expert[n]) else 0.0 for expert in experts] for n in range(len(out_features))]

@@ -14,6 +14,7 @@ typedef struct {  // a group of linears; see Group in operators.py
     const float *gate_PH;
     const uint8_t *absent_N;
     const int64_t *local_G;
+    const uint8_t *half_NE;  // pairs of bfloat16; `half` is the inputs and outputs
 } Group;
 
 typedef struct {  // a pass and its choice; see Pass in operators.py
@@ -39,6 +40,7 @@ typedef struct {  // tokens that are served together
     int64_t *ids_NS;    // by the gates' numbers, then by place
     int32_t *order_NS;  // t * K + k by expert, rising
     int32_t *start_NE;  // where each expert's begin, and the end
+    int64_t rows;       // of the A matrices in use
 } Block;
 
 typedef struct {  // a thread, number `me` of those that serve a block together

@@ -35,7 +35,7 @@ class _Group(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("linears", "experts", "known", "inputs", "outputs", "max_rank", "half")),
         *((name, c_void_p) for name in ("a_NE", "b_NE", "rank_NE", "scale_NE", "first_N", "width_N")),
-        *((name, c_void_p) for name in ("gate_PH", "absent_N", "local_G")),
+        *((name, c_void_p) for name in ("gate_PH", "absent_N", "local_G", "half_NE")),
     ]
 
 
@@ -76,7 +76,7 @@ class Group:
         """Joins them.
 
         Args:
-            experts: Theirs, located, in one of ``DTYPES``.
+            experts: Theirs, located; inputs and matrices are of ``DTYPES``.
             columns: Y.
             first_N: The first column of each linear.
             gate_PH: Gates of the linears, fp32, rows by linear, then expert; None where no token is gated.
@@ -87,16 +87,16 @@ class Group:
         assert tables is not None, "only located stacks stay where they are"
         assert experts.dtype in DTYPES, "C knows these"
         known = 0 if gate_PH is None else len(gate_PH) // len(widths)
-        places_N, width_N = torch.tensor(first_N), torch.tensor(widths)
+        places_N, width_N, half_NE = torch.tensor(first_N), torch.tensor(widths), _halves(experts)
         structure = _Group(
             len(widths), experts.num_experts, known, experts.in_features, columns, experts.max_rank,
             experts.dtype == torch.bfloat16,
             at(tables.a.address_NE, torch.int64), at(tables.b.address_NE, torch.int64),
             at(tables.a.rows_NE, torch.int32), at(experts.scales_NE, torch.float32),
             at(places_N, torch.int64), at(width_N, torch.int64),
-            at(gate_PH, torch.float32), at(absent_N1, torch.bool), at(local_G, torch.int64),
+            at(gate_PH, torch.float32), at(absent_N1, torch.bool), at(local_G, torch.int64), at(half_NE, torch.bool),
         )  # fmt: skip
-        kept = structure, experts, gate_PH, absent_N1, local_G, places_N, width_N
+        kept = structure, experts, gate_PH, absent_N1, local_G, places_N, width_N, half_NE
         return cls(addressof(structure), len(widths), columns, kept)
 
     @classmethod
@@ -155,7 +155,7 @@ def add_routed_lora(y_TY: Tensor, x_TH: Tensor, group: Group, step: Pass) -> Non
     """Adds the deltas of the N linears to their outputs where these lie. Without gradients.
 
     Args:
-        y_TY: Outputs of the linears, contiguous, in the type of the experts.
+        y_TY: Outputs of the linears, contiguous, in the type of the stack.
         x_TH: The linears' shared input, in the same type.
         group: The linears.
         step: The choice of T tokens.
@@ -269,6 +269,19 @@ def _check() -> None:
     expected_TY = torch.cat(routed_lora_reference(x_TH, held, *topk_softmax(logits_TNE, 2)), dim=1)
     if not torch.equal(found_TY, alone_TY) or not torch.allclose(found_TY, expected_TY, rtol=1e-4, atol=1e-4):
         raise CannotCompile("what was compiled computes something else than its twin")
+
+
+def _halves(experts: LoraStack) -> Tensor:
+    """Which pairs are of bfloat16, bool [N, E]."""
+
+    def is_half(part: LoraPart | None) -> bool:
+        kinds = set() if part is None else {part.a_RH.dtype, part.b_RO.dtype}
+        assert len(kinds) < 2, "the matrices of a pair are of one type"
+        assert kinds <= {*DTYPES}, "C knows these"
+        return torch.bfloat16 in kinds
+
+    rows = [[is_half(expert[n]) for expert in experts.experts] for n in range(experts.num_linears)]
+    return torch.tensor(rows, dtype=torch.bool).view(experts.num_linears, experts.num_experts)
 
 
 def at(tensor: Tensor | None, dtype: torch.dtype) -> int | None:

@@ -19,30 +19,37 @@
 
 static const Part ALONE = {0, 1};
 
-// Some slots of expert e at linear n: those from `at` on in the order, at most BLOCK.
-typedef void Step(const Group *g, const Pass *p, const Block *b, Part part, int64_t n, int64_t e, int64_t at,
-                  int64_t slots);
+typedef struct {  // some slots of expert e at linear n: those from `at` on in the order, at most BLOCK
+    int64_t n, e, at, slots;
+    int64_t before;  // rows of the A matrices in use that come before this one
+} Use;
+
+typedef void Step(const Group *g, const Pass *p, const Block *b, Part part, Use use);
 
 static void for_each_use(const Group *g, const Pass *p, const Block *b, Part part, Step *step) {
+    int64_t before = 0;
     for (int64_t n = 0; n < g->linears; n++)
         for (int64_t e = 0; e < g->experts; e++) {
             const int32_t *start = b->start_NE + n * (g->experts + 1) + e;
             for (int64_t at = start[0]; at < start[1]; at += BLOCK)
-                step(g, p, b, part, n, e, at, start[1] - at < BLOCK ? start[1] - at : BLOCK);
+                step(g, p, b, part, (Use){n, e, at, start[1] - at < BLOCK ? start[1] - at : BLOCK, before});
+            if (start[1] > start[0]) before += g->rank_NE[n * g->experts + e];
         }
 }
 
-// z = w s (x A^T); the team shares the rows of A.
-static void shrink(const Group *g, const Pass *p, const Block *b, Part part, int64_t n, int64_t e, int64_t at,
-                   int64_t slots) {
-    const int64_t pair = n * g->experts + e, before = n * b->tokens * p->slots, stride = stride_of(b->tokens * p->slots);
+// z = w s (x A^T). The team shares the rows of all matrices in use: a thread reads neighbouring ones as far as it can.
+static void shrink(const Group *g, const Pass *p, const Block *b, Part part, Use use) {
+    const int64_t n = use.n, at = use.at, slots = use.slots, pair = n * g->experts + use.e, rank = g->rank_NE[pair];
+    const int64_t before = n * b->tokens * p->slots, stride = stride_of(b->tokens * p->slots);
     const int32_t *order = b->order_NS + before + at;
     float *z = b->z_NRS + n * g->max_rank * stride + at;
     const float *x[BLOCK];
     int64_t from, to;
-    share(part, g->rank_NE[pair], &from, &to);
+    share(part, (b->rows + TILE - 1) / TILE, &from, &to);
+    from = from * TILE > use.before ? from * TILE - use.before : 0;
+    to = to * TILE - use.before < rank ? to * TILE - use.before : rank;
     for (int64_t s = 0; s < slots; s++) x[s] = b->x[order[s] / p->slots];
-    dots(z, stride, x, slots, (const char *)g->a_NE[pair], from, to, g->inputs, (int)g->half);
+    dots(z, stride, x, slots, (const char *)g->a_NE[pair], from, to, g->inputs, g->half_NE[pair]);
     for (int64_t r = from; r < to; r++)
         for (int64_t s = 0; s < slots; s++) z[r * stride + s] *= b->weights_NS[before + order[s]] * g->scale_NE[pair];
 }
@@ -62,9 +69,9 @@ static void columns(const Group *g, Part part, int64_t n, int64_t *first, int64_
 }
 
 // y += z B^T
-static void expand(const Group *g, const Pass *p, const Block *b, Part part, int64_t n, int64_t e, int64_t at,
-                   int64_t slots) {
-    const int64_t pair = n * g->experts + e, stride = stride_of(b->tokens * p->slots);
+static void expand(const Group *g, const Pass *p, const Block *b, Part part, Use use) {
+    const int64_t n = use.n, at = use.at, slots = use.slots, pair = n * g->experts + use.e;
+    const int64_t stride = stride_of(b->tokens * p->slots);
     const int32_t *order = b->order_NS + n * b->tokens * p->slots + at;
     const float *z = b->z_NRS + n * g->max_rank * stride + at;
     float *y[BLOCK];
@@ -72,7 +79,7 @@ static void expand(const Group *g, const Pass *p, const Block *b, Part part, int
     columns(g, part, n, &first, &last);
     for (int64_t s = 0; s < slots; s++) y[s] = b->y[order[s] / p->slots] + g->first_N[n];
     add_products(y, z, stride, slots, (const char *)g->b_NE[pair], g->rank_NE[pair], g->width_N[n], first, last,
-                 (int)g->half);
+                 g->half_NE[pair]);
 }
 
 // Deltas of bfloat16 outputs are rounded once, with the outputs.
@@ -86,19 +93,22 @@ static void add_deltas(const Group *g, const Block *b, Part part) {
     }
 }
 
-// How many threads are worth their start for the experts in use.
-static int threads_for_uses(const Group *g, const Block *b, int64_t threads) {
+// Counts the rows of A in use, and says how many threads they are worth.
+static int threads_for_uses(const Group *g, Block *b, int64_t threads) {
     int64_t work = 0;
+    b->rows = 0;
     for (int64_t n = 0; n < g->linears; n++)
         for (int64_t e = 0; e < g->experts; e++) {
             const int32_t *start = b->start_NE + n * (g->experts + 1) + e;
             const int64_t numbers = g->rank_NE[n * g->experts + e] * (g->inputs + g->width_N[n]);
-            if (start[1] > start[0]) work += numbers * (TILE + start[1] - start[0]);
+            if (start[1] == start[0]) continue;
+            work += numbers * (TILE + start[1] - start[0]);
+            b->rows += g->rank_NE[n * g->experts + e];
         }
     return work < WORTH ? 1 : (int)threads;
 }
 
-static void serve(const Group *g, const Pass *p, const Block *b, int64_t threads) {
+static void serve(const Group *g, const Pass *p, Block *b, int64_t threads) {
     const int64_t gates = g->linears * g->known * g->inputs * (TILE + b->tokens);
     if (p->gated) {
 #pragma omp parallel num_threads((int)threads) if (threads > 1 && gates > WORTH)
@@ -110,7 +120,7 @@ static void serve(const Group *g, const Pass *p, const Block *b, int64_t threads
         account(g, p, b);
     }
     for (int64_t n = 0; n < g->linears; n++) sort(g, p, b, n);
-    const int team = threads > 1 ? threads_for_uses(g, b, threads) : 1;
+    const int team = threads_for_uses(g, b, threads);
 #pragma omp parallel num_threads(team) if (team > 1)
     {
         const Part part = team > 1 ? (Part){omp_get_thread_num(), omp_get_num_threads()} : ALONE;
