@@ -285,7 +285,7 @@ def _halves(experts: LoraStack) -> Tensor:
 
 
 def at(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
-    """The address of what C reads as plain numbers."""
+    """The address of what C reads as plain numbers, whatever its shape."""
     if tensor is None:
         return None
     assert tensor.dtype == dtype, f"C reads {dtype}, not {tensor.dtype}"
