@@ -5,7 +5,9 @@ From the checkout: ``.venv/bin/python -m benchmarks.playground [--screenshot doc
 - First token: from the moment a rank's engine has produced it (its process's clock) to the task after the frame that
   shows it (the page's clock; one machine, so one clock). In between: Ray, the replica, Serve's proxy, the browser.
 - Frames: a stream of a minute. Gaps between animation frames as the page sees them, tasks over 50 ms, and what the
-  browser's own trace says of its frames.
+  browser's own trace says of its frames (``frames.py``).
+- Control: a page that only shows a counter, while the same stream is read by another process. What it drops is dropped
+  for want of a core, with the engine, Ray and Chromium on the same ones.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from functools import partial
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from benchmarks.frames import FRAME_MS, end_trace, start_trace
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.model.demo_model import demo_model_dir
 from meteora_dist.serving.config import ServiceConfig
@@ -35,8 +37,8 @@ from tests.support.browser import Browser, Page, browser
 
 BANK = Path("examples/bank")
 HTTP, GRPC = 8123, 9123
-FRAME_MS = 1000 / 60
-CATEGORIES = "cc,benchmark,disabled-by-default-devtools.timeline.frame,devtools.timeline.frame"
+PROMPT = "Tell me a very long story."
+STREAM = {"max_tokens": 4000, "temperature": 1, "ignore_eos": True, "stream": True, "routing": {"trace": "layers"}}
 STATE = "document.querySelector('.pane').dataset.state"
 OVER = f"['complete', 'cut', 'failed', 'stopped'].includes({STATE})"
 WATCH = """(() => {
@@ -92,53 +94,71 @@ def first_tokens(page: Page, url: str, times: int) -> list[float]:
 
 
 def frames(chromium: Browser, page: Page, url: str, seconds: float) -> dict[str, Any]:
-    """A stream of ``seconds``, both panes closed to one; what the page and the browser's trace say of it."""
+    """A stream of ``seconds`` into one pane: what the page and the browser's trace say of it."""
     page.go(url)
     page.wait("document.querySelector('#status').dataset.state === 'ready'")
-    page.type("#prompt", "Tell me a very long story.")
-    page.type("#max-tokens", "4000")
-    page.type("#temperature", "1")
+    page.type("#prompt", PROMPT)
+    page.type("#max-tokens", str(STREAM["max_tokens"]))
+    page.type("#temperature", str(STREAM["temperature"]))
     page.click("#ignore-eos")
     page.click("#run")
     page.wait(f"{STATE} === 'streaming' || {OVER}")
     assert page.eval(STATE) == "streaming", page.text(".pane .alert")
-    chromium.call("Tracing.start", categories=CATEGORIES, transferMode="ReportEvents")
+    found = watched(chromium, page, seconds)
+    found["tokens"] = int(page.text(".stats .count"))
+    assert page.eval(STATE) == "streaming"
+    page.click("#stop")
+    return found
+
+
+def control(chromium: Browser, url: str, seconds: float) -> dict[str, Any]:
+    """The same for a page that shows twelve numbers a second, and nothing else, while the service streams elsewhere."""
+    page = chromium.open("data:text/html,<p>0</p>")
+    with reader(url):
+        page.eval("(setInterval(() => document.querySelector('p').textContent++, 1000 / 12), 1)")
+        found = watched(chromium, page, seconds)
+    page.close()
+    return found
+
+
+@contextmanager
+def reader(url: str) -> Iterator[None]:
+    """A process that reads the stream the page would read."""
+    body = STREAM | {"model": "auto", "messages": [{"role": "user", "content": PROMPT}]}
+    command = ["curl", "--silent", "--no-buffer", "--json", json.dumps(body), f"{url}v1/chat/completions"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"data:")
+    sink = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
+    process.stdout.close()
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+        sink.wait()
+
+
+def watched(chromium: Browser, page: Page, seconds: float) -> dict[str, Any]:
+    """What happens to a page's frames in so many seconds. Frames are asked for all the time, as by an animation."""
+    start_trace(chromium, page)
     time.sleep(1)
     page.eval(WATCH)
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         time.sleep(1)
-        assert page.eval(STATE) == "streaming"
-    seen = page.eval("(window.over = true, window.seen)")
-    chromium.call("Tracing.end")
-    while "Tracing.tracingComplete" not in chromium.events:
         page.eval("1")
-    tokens = int(page.text(".stats .count"))
-    page.click("#stop")
+    seen = page.eval("(window.over = true, window.seen)")
+    trace = end_trace(chromium, page)
     gaps = sorted(seen["gaps"])
     return {
         "seconds": seconds,
-        "tokens": tokens,
         "frames": len(gaps),
         "gap_ms": {"median": statistics.median(gaps), "p99": gaps[int(0.99 * len(gaps))], "max": gaps[-1]},
         "gaps_over_2_frames": sum(gap > 2 * FRAME_MS for gap in gaps),
         "tasks_over_50_ms": len(seen["long"]),
-        "trace": traced_frames(chromium),
+        "trace": asdict(trace),
     }
-
-
-def traced_frames(chromium: Browser) -> dict[str, int]:
-    """How the compositor's frames ended, by its own reports."""
-    states: Counter[str] = Counter()
-    for part in chromium.events.get("Tracing.dataCollected", []):
-        for event in part["value"]:
-            report = event.get("args", {}).get("chrome_frame_reporter")
-            if report is not None:
-                dropped = report["state"] == "STATE_DROPPED" and report.get("affects_smoothness")
-                states["dropped and to be seen" if dropped else report["state"]] += 1
-            elif event["name"] == "DroppedFrame":
-                states["DroppedFrame"] += 1
-    return dict(states)
 
 
 def screenshot(page: Page, url: str, path: Path) -> None:
@@ -159,11 +179,21 @@ def machine() -> str:
     return f"{next(line.split(': ')[1] for line in lines if line.startswith('model name'))}, {os.cpu_count()} cores"
 
 
+def rounded(found: Any) -> Any:
+    """Numbers with as many digits as mean something."""
+    if isinstance(found, dict):
+        return {name: rounded(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [rounded(value) for value in found]
+    return round(found, 2) if isinstance(found, float) else found
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the stream")
-    parser.add_argument("--times", type=int, default=20, help="how many first tokens")
+    parser.add_argument("--control", type=float, default=30.0, help="and of the control")
+    parser.add_argument("--times", type=int, default=10, help="how many first tokens")
     parser.add_argument("--screenshot", type=Path, help="where to put a picture of the page")
     options = parser.parse_args()
     config = ServiceConfig(model=demo_model_dir(), bank=BANK, access="open", max_model_len=4096)
@@ -180,12 +210,14 @@ def main() -> None:
         found["first_token_ms"] = {"median": statistics.median(delays), "max": max(delays), "all": delays}
         if options.seconds:
             found["stream"] = frames(chromium, page, url, options.seconds)
+        if options.control:
+            found["control"] = control(chromium, url, options.control)
         if options.screenshot:
             screenshot(page, url, options.screenshot)
         found["console"] = page.complaints
         strangers = [request for request in page.requests if not request.startswith(url)]
         found["requests"] = {"all": len(page.requests), "to other hosts": strangers}
-    print(json.dumps(found, indent=1, default=partial(round, ndigits=1)))
+    print(json.dumps(rounded(found), indent=1))
 
 
 if __name__ == "__main__":
