@@ -13,7 +13,7 @@ from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.conftest import MakeService
 from tests.serving.playground.conftest import Serve
 from tests.serving.scripted import says
-from tests.support.browser import Browser, Page
+from tests.support.browser import Browser, Json, Page
 
 Colour = NDArray[np.float64]
 
@@ -146,6 +146,40 @@ def test_no_width_makes_the_page_scroll_sideways(page: Page, width: int) -> None
             f"{wide}.map(one => one.outerHTML.slice(0, 90))"
         )
         page.click("#compare")
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_what_an_empty_field_says_is_seen_whole(page: Page, width: int) -> None:
+    page.resize(width, 844)
+    page.choose(".mode", "auto")
+    shown = hints(page.call("DOM.getDocument", depth=-1, pierce=True)["root"])
+    assert {"random", "default"} <= {text for text, _ in shown}
+    for text, place in shown:
+        room = page.call("DOM.getBoxModel", backendNodeId=place)["model"]["width"]
+        font = "getComputedStyle(document.querySelector('#seed')).font"
+        needed = page.eval(
+            f"(pen => (pen.font = {font}, pen.measureText('{text}').width))(document.createElement('canvas')"
+            ".getContext('2d'))"
+        )
+        assert needed <= room, f"{text!r} needs {needed:.0f} px and has {room}"
+
+
+def hints(node: Json) -> list[tuple[str, int]]:
+    """Texts that stand in empty number fields, with the browser's own box for each."""
+    attributes = node.get("attributes", [])
+    named = dict(zip(attributes[::2], attributes[1::2], strict=True))
+    if node["nodeName"] == "INPUT":
+        if named.get("type") != "number" or "placeholder" not in named:
+            return []
+        (place,) = [
+            one["backendNodeId"]
+            for root in node["shadowRoots"]
+            for one in root["children"]
+            if "placeholder" in one.get("attributes", [])
+        ]
+        return [(named["placeholder"], place)]
+    inner = [*node.get("children", []), *node.get("shadowRoots", [])]
+    return [one for child in inner for one in hints(child)]
 
 
 def test_nothing_moves_that_has_been_shown(
