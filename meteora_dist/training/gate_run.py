@@ -90,7 +90,7 @@ class GateTraining:
             sources += (Source.of(NULL_EXPERT, request.unlabelled, unlabelled=True),)
         if request.gates.composites and sum(not source.unlabelled for source in sources) < 2:
             raise TrainingError("composites ask rows of several experts in one: they need two data sets at least")
-        claim(request.folder, self._recipe(sources))
+        self._lock = claim(request.folder, self._recipe(sources))
         if request.unlabelled is not None:
             self._adapters[NULL_EXPERT] = self._null([*old.values(), *self._adapters.values()])
         self.run = GateRun(

@@ -81,7 +81,7 @@ class MoaTraining:
             "loop": request.loop.model_dump(mode="json", exclude=REPORT_ONLY),
             "moa": request.moa.model_dump(mode="json"),
         }
-        claim(request.folder, recipe)
+        self._lock = claim(request.folder, recipe)
         draft = request.folder.resolve() / "draft" if old is None else old.path.resolve()
         if not draft.exists():
             first_bank(draft, request.base, request.base_id or request.base.resolve().name, adapters)

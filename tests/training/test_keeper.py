@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,5 +53,35 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
         claim(tmp_path, {"steps": 1})
     claim(tmp_path / "run", {"steps": 1})
     claim(tmp_path / "run", {"steps": 1})
+    claim(tmp_path / "other", {"loop": {"steps": 1}})
     with pytest.raises(TrainingError, match=r"loop\.steps"):
-        claim(tmp_path / "other", {"loop": {"steps": 1}}) or claim(tmp_path / "other", {"loop": {"steps": 2}})
+        claim(tmp_path / "other", {"loop": {"steps": 2}})
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    other = (
+        "from pathlib import Path; from meteora_dist.training.run_folder import claim\n"
+        f"mine = claim(Path({str(folder)!r}), {{'steps': 1}}); print('mine', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mine\n"
+        with pytest.raises(TrainingError, match="another process trains in"):
+            claim(folder, {"steps": 1})
+        process.kill()
+    # Nothing has to be cleaned up after a process that was killed.
+    mine = claim(folder, {"steps": 1})
+    assert mine.is_locked
+    assert claim(folder, {"steps": 1}).is_locked
+
+
+def test_a_place_that_cannot_hold_a_run_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(TrainingError, match="is a file"):
+        claim(file, {"steps": 1})
+    with pytest.raises(TrainingError, match="cannot hold a run: Not a directory"):
+        claim(file / "run", {"steps": 1})
