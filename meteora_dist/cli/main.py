@@ -89,6 +89,8 @@ GROUPS = {
     "train": "Make banks from adapters and data sets.",
 }
 
+_COMPLETION = ("--install-completion", "--show-completion")
+
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
     """The typer application for one command line.
@@ -118,11 +120,19 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
 def main() -> None:
     """Runs the command line; one of our own errors becomes one line on stderr and exit code 1."""
     arguments = sys.argv[1:]
+    if _names_shell(arguments):
+        # Typer takes the name of a shell only where it may not look for the one that it was started from.
+        os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
     try:
         build_app(_completing() or arguments)(arguments)
     except MeteoraError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
+
+
+def _names_shell(arguments: Sequence[str]) -> bool:
+    """Whether completion is asked for by the name of a shell, as in ``--show-completion zsh``."""
+    return len(arguments) == 2 and arguments[0] in _COMPLETION and not arguments[1].startswith("-")
 
 
 def _completing() -> list[str]:

@@ -117,9 +117,45 @@ def test_experts_of_no_bank_are_none(tmp_path: Path) -> None:
     assert complete_expert(SimpleNamespace(params={"bank": tmp_path}), "") == []  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("shell", "more", "expected"),
+    [
+        ("zsh", {}, ['_arguments \'*: :(("capacity":"Measure what the ranks of a mesh hold."))\'']),
+        ("fish", {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}, ["capacity\tMeasure what the ranks of a mesh hold."]),
+    ],
+)
+def test_other_shells_complete(shell: str, more: dict[str, str], expected: list[str]) -> None:
+    asked = {"_TYPER_COMPLETE_ARGS": "meteora bench ca", "_METEORA_COMPLETE": f"complete_{shell}", **more}
+    meteora = Path(sys.executable).with_name("meteora")
+    done = subprocess.run([meteora], capture_output=True, text=True, check=True, env={**os.environ, **asked})
+    assert done.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    ("shell", "begins"),
+    [
+        ("bash", "_meteora_completion() {"),
+        ("zsh", "#compdef meteora"),
+        ("fish", "complete --command meteora"),
+    ],
+)
+def test_the_script_is_for_the_shell_that_was_named(shell: str, begins: str) -> None:
+    meteora = Path(sys.executable).with_name("meteora")
+    done = subprocess.run([meteora, "--show-completion", shell], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(begins)
+    assert f"complete_{shell}" in done.stdout
+
+
+def test_an_unknown_shell_is_refused() -> None:
+    meteora = Path(sys.executable).with_name("meteora")
+    done = subprocess.run([meteora, "--show-completion", "tcsh"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'tcsh' is not one of" in done.stderr
+
+
 def test_the_shell_is_taught_to(tmp_path: Path) -> None:
     meteora = Path(sys.executable).with_name("meteora")
-    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    environment = {**os.environ, "HOME": str(tmp_path)}
     subprocess.run([meteora, "--install-completion", "bash"], check=True, capture_output=True, env=environment)
     (script,) = (tmp_path / ".bash_completions").iterdir()
     assert "_METEORA_COMPLETE=complete_bash" in script.read_text()
