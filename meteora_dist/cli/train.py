@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,9 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from meteora_dist.bank import Bank
-from meteora_dist.cli.train_display import following, held_out_line, last_metrics
+from meteora_dist.cli.bank.make import made_bank
+from meteora_dist.cli.options import AsJson
+from meteora_dist.cli.train_display import following, held_out, last_metrics, line
 from meteora_dist.cli.train_options import read_options
 from meteora_dist.training.fleet import Fleet, run_fleet
 from meteora_dist.training.gate_run import GateRequest, GateTraining
@@ -44,6 +47,7 @@ def gates(
     gpu: Gpu = False,
     cpus: Cpus = 1.0,
     restarts: Restarts = 3,
+    as_json: AsJson = False,
 ) -> None:
     """Train the gates of a bank: from a base model, adapters and data sets to a finished bank.
 
@@ -69,7 +73,7 @@ def gates(
     )
     if not training.done:
         do(training.run, Fleet(workers, gpu, cpus, restarts))
-    say(training.run, training.publish())
+    say(training.run, training.publish(), as_json)
 
 
 def do(run: Run, fleet: Fleet) -> None:
@@ -82,10 +86,14 @@ def do(run: Run, fleet: Fleet) -> None:
             run_here(work, run.folder)
 
 
-def say(run: Run, bank: Bank) -> None:
+def say(run: Run, bank: Bank, as_json: bool) -> None:
     """Says what the run ended with, and what the bank has."""
+    seen = held_out(last_metrics(run.folder))
+    if as_json:
+        typer.echo(json.dumps({**made_bank(bank), "held_out": seen}))
+        return
     console = Console()
-    if said := held_out_line(last_metrics(run.folder)):
+    if said := line(seen):
         console.print(f"held-out rows: {said}", highlight=False, soft_wrap=True)
     has = f"{len(bank.names)} experts, {len(bank.linears)} gates"
     has += f", {len(bank.router_layers)} routers" if bank.manifest.routers else ""

@@ -57,7 +57,7 @@ def line(metrics: Mapping[str, float]) -> str:
     return " ".join(f"{name} {value:.4f}" for name, value in shown.items())
 
 
-def held_out_line(metrics: Mapping[str, float]) -> str:
-    """The same of the held-out rows; empty when none were looked at."""
+def held_out(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of the held-out rows; empty when none were looked at."""
     rows = "held_out/"
-    return line({name.removeprefix(rows): value for name, value in metrics.items() if name.startswith(rows)})
+    return {name.removeprefix(rows): value for name, value in metrics.items() if name.startswith(rows)}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from transformers.utils import logging as transformers_logging
 
+from meteora_dist.cli.options import AsJson
 from meteora_dist.cli.train import Cpus, Gpu, Options, OptionsFile, Restarts, Workers, do, say
 from meteora_dist.cli.train_options import read_options
 from meteora_dist.training.fleet import Fleet
@@ -32,6 +33,7 @@ def command(
     gpu: Gpu = False,
     cpus: Cpus = 1.0,
     restarts: Restarts = 3,
+    as_json: AsJson = False,
 ) -> None:
     """Train routers and LoRAs jointly, domains mixed in every step, and write the finished bank.
 
@@ -55,4 +57,4 @@ def command(
     )
     if not training.done:
         do(training.run, Fleet(workers, gpu, cpus, restarts))
-    say(training.run, training.publish())
+    say(training.run, training.publish(), as_json)

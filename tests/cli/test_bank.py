@@ -27,6 +27,17 @@ def test_build_add_remove_and_diff(tiny_bank: Bank, tiny_base: Path, tmp_path: P
     assert said.out == f"{first}: generation 1, 1 experts (0 with rows of their own, 1 with prototypes), 14 gates\n"
     assert shell("bank", "add", first, adapter(tiny_bank, "wide"), "--out", second).code == 0
     assert Bank.open(second).names == ("plain", "wide")
+    for words in (["pull", first], ["add", first, adapter(tiny_bank, "wide"), "--out"]):
+        said = shell("bank", *words, tmp_path / words[0], "--json")
+        made = Bank.open(tmp_path / words[0])
+        assert json.loads(said.out) == {
+            "bank": str(made.path),
+            "generation": made.manifest.generation,
+            "experts": list(made.names),
+            "prototypes": list(made.names),
+            "gates": 14,
+            "routers": 0,
+        }
     swapped = f"plain={tiny_bank.path / 'experts' / 'rooted'}"
     assert "the bank has an expert 'plain' already" in shell("bank", "add", second, swapped, "--out", third).err
     assert shell("bank", "add", second, swapped, "--replace", "--out", third).code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -20,6 +21,20 @@ def test_it_says_what_a_file_deploys() -> None:
         "replicas: 1, each with 2 rank(s), ep 2 x tp 1",
         "a replica reserves: 1 CPU, 0.8 CPU",
     ]
+
+
+def test_programs_read_it() -> None:
+    arguments = ["check", str(CONFIG), "--json"]
+    done = CliRunner().invoke(build_app(arguments), arguments)
+    assert json.loads(done.stdout) == {
+        "http_port": 8000,
+        "grpc_port": 9000,
+        "replicas": {"min": 1, "max": 1},
+        "ep": 2,
+        "tp": 1,
+        "ranks": 2,
+        "reserved": [{"CPU": 1}, {"CPU": 0.8}],
+    }
 
 
 def test_it_reads_stdin_and_refuses_what_serve_would_pass_over() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ def test_a_fetched_model_needs_no_network_and_no_time(demo_model: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == f"{demo_model}: ready"
     assert time.monotonic() - start < 5  # a loaded machine takes several times the usual half second
+    done = meteora("fetch-demo", "--json", METEORA_CACHE=str(demo_model.parent), PIP_NO_INDEX="1")
+    assert json.loads(done.stdout) == {"model": str(demo_model), "fetched": False, "verified": False}
 
 
 @pytest.mark.demo_model

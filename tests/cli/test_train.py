@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from meteora_dist.bank import Bank
 from meteora_dist.cli.main import build_app
-from meteora_dist.cli.train_display import held_out_line, last_metrics, line
+from meteora_dist.cli.train_display import held_out, last_metrics, line
 from meteora_dist.errors import BankError, TrainingError
 from tests.support.tasks import write_tasks
 
@@ -42,4 +42,4 @@ def test_what_the_bar_says(tmp_path: Path) -> None:
     assert last_metrics(tmp_path) == {"step": 1, "loss": 0.5}
     metrics = {"step": 2, "loss": 0.25, "gate_ce/layer/0": 1.0, "held_out/loss": 0.125, "held_out/gate_ce/layer/0": 1.0}
     assert line(metrics) == "loss 0.2500"
-    assert held_out_line(metrics) == "loss 0.1250"
+    assert line(held_out(metrics)) == "loss 0.1250"

@@ -152,6 +152,12 @@ def test_new_keys_differ_and_their_entry_can_be_used(tmp_path: Path) -> None:
     assert (entry.name, entry.role, entry.models, entry.requests_per_minute) == ("search", "user", ("auto", "wide"), 60)
     assert yaml.safe_load(result.output)[0].keys() == {"name", "sha256", "role", "models", "requests_per_minute"}
     assert key != new_key() != new_key()
+    words.append("--json")
+    made = json.loads(CliRunner().invoke(build_app(words), words).output)
+    assert made["entry"].pop("sha256") == key_digest(made["key"])
+    assert made["entry"] == {
+        name: value for name, value in yaml.safe_load(result.output)[0].items() if name != "sha256"
+    }
 
 
 def test_a_caller_is_frozen_and_strict() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from meteora_dist.bank import Bank, BankEdit, NewExpert, edit_bank
 from meteora_dist.cli.bank.make import say
-from meteora_dist.cli.options import complete_expert, named_paths
+from meteora_dist.cli.options import AsJson, complete_expert, named_paths
 
 Old = Annotated[Path, typer.Argument(help="Folder of the bank as it is; it stays.")]
 Out = Annotated[Path, typer.Option(help="The next generation; nothing may be there yet.")]
@@ -23,6 +23,7 @@ def add(
     replace: Annotated[
         bool, typer.Option("--replace", help="Let them take the place of experts of the same name.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a bank with more experts, or with new adapters for some it has; all of them or none.
 
@@ -37,13 +38,14 @@ def add(
         known = {name: one for name, one in joining.items() if replace and name in old.names}
         new = {name: one for name, one in joining.items() if name not in known}
         after = edit_bank(old, BankEdit(add=new, replace=known), out)
-    say(after)
+    say(after, as_json)
 
 
 def remove(
     bank: Old,
     expert: Annotated[list[str], typer.Argument(help="Names of the experts that go.", autocompletion=complete_expert)],
     out: Out,
+    as_json: AsJson = False,
 ) -> None:
     """Write a bank with fewer experts.
 
@@ -51,4 +53,4 @@ def remove(
     """
     with Console(stderr=True).status("checking and writing"):
         after = edit_bank(Bank.open(bank), BankEdit(remove=tuple(expert)), out)
-    say(after)
+    say(after, as_json)

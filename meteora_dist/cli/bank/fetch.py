@@ -9,6 +9,7 @@ import typer
 
 from meteora_dist.bank.pull import pull_bank
 from meteora_dist.cli.bank.make import say
+from meteora_dist.cli.options import AsJson
 from meteora_dist.cli.progress import progress_bar
 
 
@@ -18,6 +19,7 @@ def pull(
         typer.Argument(help="hf://owner/name, hf://owner/name@revision/folder, s3://..., gs://..., or a local folder."),
     ],
     out: Annotated[Path, typer.Argument(help="Where the bank goes; nothing may be there yet.")],
+    as_json: AsJson = False,
 ) -> None:
     """Fetch a bank, check every digest, and put it in its place; if anything fails, nothing is left there.
 
@@ -31,4 +33,4 @@ def pull(
     with progress_bar() as progress:
         task = progress.add_task(source, total=None)
         bank = pull_bank(source, out, lambda done, of: progress.update(task, completed=done, total=of))
-    say(bank)
+    say(bank, as_json)

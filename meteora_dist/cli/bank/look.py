@@ -20,12 +20,12 @@ from meteora_dist.bank.check import faults_of
 from meteora_dist.bank.diff import BankDiff, diff_banks
 from meteora_dist.bank.gates import GATES_FILE
 from meteora_dist.bank.manifest import read_manifest
+from meteora_dist.cli.options import AsJson
 from meteora_dist.cli.progress import progress_bar
 from meteora_dist.errors import AdapterError, MeteoraError
 from meteora_dist.planning.sizes import show_bytes
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the bank.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 _SHOWN_DIGITS = 8
 
 

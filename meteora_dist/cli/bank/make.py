@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from meteora_dist.adapters import read_adapter
 from meteora_dist.bank import Bank, NewExpert, RoutingDefaults
 from meteora_dist.bank.build import build_bank
 from meteora_dist.bank.reference import import_reference as take_apart
-from meteora_dist.cli.options import named_paths
+from meteora_dist.cli.options import AsJson, named_paths
 from meteora_dist.cli.progress import progress_bar
 from meteora_dist.model.fit import check_adapters
 from meteora_dist.training.sources import find_adapters
@@ -29,6 +30,7 @@ def build(
     adapter: Annotated[list[str] | None, typer.Option(help="One adapter, NAME=FOLDER; repeat for several.")] = None,
     base_id: BaseId = None,
     top_k: TopK = 2,
+    as_json: AsJson = False,
 ) -> None:
     """Build a bank of PEFT adapters without training.
 
@@ -48,7 +50,7 @@ def build(
         check_adapters(base, {name: read_adapter(folder) for name, folder in folders.items()})
         experts = {name: NewExpert(folder) for name, folder in folders.items()}
         bank = build_bank(out, base, base_id or base.resolve().name, experts, RoutingDefaults(top_k=top_k))
-    say(bank)
+    say(bank, as_json)
 
 
 def import_reference(
@@ -61,6 +63,7 @@ def import_reference(
     ] = None,
     alpha: Annotated[float, typer.Option(help="lora_alpha of all experts, which the checkpoint does not say.")] = 16.0,
     top_k: TopK = 2,
+    as_json: AsJson = False,
 ) -> None:
     """Make a bank of a checkpoint that MeteoRA's authors released.
 
@@ -81,12 +84,27 @@ def import_reference(
             RoutingDefaults(top_k=top_k),
             lambda done, of: progress.update(task, completed=done, total=of),
         )
-    say(bank)
+    say(bank, as_json)
 
 
-def say(bank: Bank) -> None:
+def say(bank: Bank, as_json: bool) -> None:
     """The line a command ends with that has written a bank."""
+    if as_json:
+        typer.echo(json.dumps(made_bank(bank)))
+        return
     made = sum(bank.prototypes)
     kinds = f"{len(bank.names) - made} with rows of their own, {made} with prototypes" if made else "all trained"
     line = f"{bank.path}: generation {bank.manifest.generation}, {len(bank.names)} experts ({kinds}), "
     Console(soft_wrap=True, highlight=False).print(f"{line}{len(bank.linears)} gates", markup=False)
+
+
+def made_bank(bank: Bank) -> dict[str, object]:
+    """The same for programs."""
+    return {
+        "bank": str(bank.path),
+        "generation": bank.manifest.generation,
+        "experts": list(bank.names),
+        "prototypes": [name for name, made in zip(bank.names, bank.prototypes, strict=True) if made],
+        "gates": len(bank.linears),
+        "routers": len(bank.router_layers),
+    }

@@ -15,6 +15,7 @@ from rich.text import Text
 from meteora_dist.cli.doctor.finding import Finding, Status
 from meteora_dist.cli.doctor.installation import check_packages, check_python, check_torch, check_triton
 from meteora_dist.cli.doctor.place import check_bank, check_model, check_port, check_ray_token, check_shared_memory
+from meteora_dist.cli.options import AsJson
 
 _MARKS: dict[Status, tuple[str, str]] = {
     "ok": ("✓", "green"),
@@ -28,7 +29,7 @@ def doctor(
     bank: Annotated[Path, typer.Option(help="Folder of the bank.")] = Path("examples/bank"),
     http_port: Annotated[int, typer.Option(help="Where HTTP shall answer.", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Where gRPC shall answer.", min=1, max=65535)] = 9000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check installation, devices, model, bank, ports and Ray, and say how to fix what is wrong.
 
