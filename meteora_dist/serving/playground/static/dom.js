@@ -12,6 +12,11 @@ export function element(tag, { data = {}, ...properties } = {}, ...children) {
 
 export const percent = (share) => `${Math.round(share * 100)}%`;
 
+/** Puts a text in its place; one that stands there already costs no layout. */
+export function write(place, text) {
+  if (place.textContent !== text) place.textContent = text;
+}
+
 /** Tells screen readers, once they have finished what they are saying. */
 export function announce(text) {
   find("#live").textContent = text;

@@ -95,7 +95,7 @@ export class HeatMap {
       canvas.style.height = `${this.height + LABELS}px`;
       const context = canvas.getContext("2d");
       context.scale(scale, scale);
-      this.strip.append(canvas);
+      this.strip.append(element("span", { className: "tile" }, canvas));
       this.tiles.push({ canvas, context });
     }
     return this.tiles[index];

@@ -1,6 +1,6 @@
 // Who is who, and each expert's share of the answer so far.
 
-import { element, percent } from "./dom.js";
+import { element, percent, write } from "./dom.js";
 import { lookOf } from "./palette.js";
 
 const MOST_ROWS = 12;
@@ -38,8 +38,9 @@ export class Legend {
     for (const [index, { bar, number }] of this.rows) {
       const share = this.tokens ? this.sums[index] / this.tokens : 0;
       shown += share;
-      bar.style.width = percent(Math.min(1, Math.max(0, share)));
-      number.textContent = this.tokens ? percent(share) : "–";
+      const width = percent(Math.min(1, Math.max(0, share)));
+      if (bar.style.width !== width) bar.style.width = width;
+      write(number, this.tokens ? percent(share) : "–");
     }
     if (this.rows.size < this.experts.length && this.tokens) this.#showOthers(this.sums.reduce((a, b) => a + b) / this.tokens - shown);
   }
@@ -61,6 +62,6 @@ export class Legend {
 
   #showOthers(share) {
     if (!this.others) this.others = this.place.appendChild(element("li", { className: "others" }));
-    this.others.textContent = `${this.experts.length - this.rows.size} other experts: ${percent(share)}`;
+    write(this.others, `${this.experts.length - this.rows.size} other experts: ${percent(share)}`);
   }
 }

@@ -3,7 +3,7 @@
 import { Answer } from "./answer.js";
 import { streamChat } from "./api.js";
 import { ModeControls } from "./controls.js";
-import { alertIn, announce, find } from "./dom.js";
+import { alertIn, announce, find, write } from "./dom.js";
 import { HeatMap } from "./heatmap.js";
 import { Legend } from "./legend.js";
 import { lookOf } from "./palette.js";
@@ -104,7 +104,7 @@ export class Pane {
   }
 
   #stats() {
-    const put = (name, text) => (find(`.${name}`, this.root).textContent = text);
+    const put = (name, text) => write(find(`.${name}`, this.root), text);
     put("count", String(this.count));
     put("first", `${Math.round(this.first - this.started)} ms`);
     if (this.count > 1) put("rate", ((1000 * (this.count - 1)) / (this.last - this.first)).toFixed(1));
