@@ -16,11 +16,10 @@ from starlette.exceptions import HTTPException
 
 from meteora_dist import __version__
 from meteora_dist.errors import InvalidRequest, MeteoraError
-from meteora_dist.observability.calls import current_call
+from meteora_dist.observability.calls import CANCELLED, current_call
 from meteora_dist.serving.admin import AdminService
 from meteora_dist.serving.admin_http import ADMIN_READS, ADMIN_WRITES, admin_routes
-from meteora_dist.serving.http_guard import PROBES, Guard, caller_of, failure_response
-from meteora_dist.serving.keys import Caller
+from meteora_dist.serving.http_guard import PROBES, CallerGone, Guard, caller_of, failure_response, while_wanted
 from meteora_dist.serving.observed import Observed
 from meteora_dist.serving.openai_objects import (
     ChatChunk,
@@ -72,7 +71,7 @@ def create_api(service: TextService, admin: AdminService | None = None, playgrou
     )
     async def completions(request: Request) -> Response:
         """Continues texts or token ids, whole or as a stream of server-sent events."""
-        return await _answer(service, caller_of(request), parse(CompletionBody, await request.body()))
+        return await _answer(service, request, parse(CompletionBody, await request.body()))
 
     @api.post(
         "/v1/chat/completions",
@@ -82,7 +81,7 @@ def create_api(service: TextService, admin: AdminService | None = None, playgrou
     )
     async def chat_completions(request: Request) -> Response:
         """Answers a conversation, whole or as a stream of server-sent events."""
-        return await _answer(service, caller_of(request), parse(ChatBody, await request.body()))
+        return await _answer(service, request, parse(ChatBody, await request.body()))
 
     @api.get("/v1/models", responses=answers(ModelList, *GUARDED), operation_id="listModels", response_model=None)
     async def models(request: Request) -> Json:
@@ -125,15 +124,20 @@ def create_api(service: TextService, admin: AdminService | None = None, playgrou
     return api
 
 
-async def _answer(service: TextService, caller: Caller, asked: CompletionBody | ChatBody) -> Response:
-    prepared = await service.prepare(asked.to_request(), caller)
+async def _answer(service: TextService, request: Request, asked: CompletionBody | ChatBody) -> Response:
+    prepared = await service.prepare(asked.to_request(), caller_of(request))
     reply = Reply(prepared, isinstance(asked, ChatBody), asked.include_usage)
     pieces = service.pieces(prepared)
-    if not asked.stream:
-        async with aclosing(pieces):
-            return JSONResponse(reply.whole(await collect(pieces, len(prepared.answers))))
-    # Waiting for the first piece gives errors of the start their own status.
-    first = await anext(pieces)
+    try:
+        async with while_wanted(request):
+            if not asked.stream:
+                async with aclosing(pieces):
+                    return JSONResponse(reply.whole(await collect(pieces, len(prepared.answers))))
+            # Waiting for the first piece gives errors of the start their own status.
+            first = await anext(pieces)
+    except CallerGone:
+        current_call().failed(CANCELLED, "cancelled")
+        return Response(status_code=CANCELLED)
     events = _events(reply, first, pieces)
     return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 

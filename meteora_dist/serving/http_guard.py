@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -68,6 +68,42 @@ def caller_of(request: Request) -> Caller:
     """Who sent a request; the guard has put it there."""
     caller: Caller = request.state.caller
     return caller
+
+
+class CallerGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@contextlib.asynccontextmanager
+async def while_wanted(request: Request) -> AsyncIterator[None]:
+    """Cancels the block when the caller closes the connection, which not every server does by itself.
+
+    The body has to be read before.
+
+    Raises:
+        CallerGone: It was closed.
+    """
+    working = asyncio.current_task()
+    assert working is not None, "requests are answered in tasks"
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        working.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled the task as well.
+        if gone and not working.uncancel():
+            raise CallerGone from None
+        raise
+    finally:
+        watching.cancel()
 
 
 def failure_response(failure: Failure) -> JSONResponse:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpc
+import httpx
 import pytest
 
 from meteora_dist.errors import InvalidRequest, Overloaded
@@ -26,6 +27,7 @@ from meteora_dist.serving.tokenizer import TextTokenizer
 from tests.serving.asking import Ask, Context, P, ask_grpc, ask_http, bearer, both, grpc_of, http_of
 from tests.serving.conftest import MakeService
 from tests.serving.scripted import ScriptedEngine, says
+from tests.support.web import served
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,6 +116,29 @@ async def test_a_request_that_takes_too_long_ends(
     assert (code, "within 0.05 s" in message) == ("request_timeout", True)
     assert engine.closed == [engine.seen[0].request_id]
     assert (service.admission.live, service.gate.calls) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_who_goes_away_before_the_first_token_is_not_answered(
+    stream: bool, tokenizer: TextTokenizer, make_service: MakeService
+) -> None:
+    """Under a server that tells of closed connections, but does not cancel what it runs for them."""
+    engine = dataclasses.replace(says(tokenizer, "yes"), pause=asyncio.Event())
+    service = make_service(engine)
+    with served(create_api(service)) as url:
+        async with httpx.AsyncClient(base_url=url) as http:
+            asked = asyncio.ensure_future(http.post(P, json={"prompt": "Hi", "stream": stream}))
+            await until(lambda: bool(engine.seen))
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+        await until(lambda: engine.closed == [engine.seen[0].request_id])
+        await until(lambda: (service.admission.live, service.gate.calls) == (0, 0))
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.01)
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -253,7 +253,7 @@ async def _disconnected_stream(seen: Watched) -> None:
     seen.service._engine.pause = None  # type: ignore[attr-defined]
     body = json.dumps({"prompt": SECRET, "stream": True}).encode()
     gone = asyncio.Event()
-    received: AsyncIterator[dict[str, Any]] = _messages(body, gone)
+    received = _messages(body, gone)
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
@@ -262,14 +262,20 @@ async def _disconnected_stream(seen: Watched) -> None:
 
     scope = {"type": "http", "method": "POST", "path": P, "headers": [], "query_string": b"", "root_path": ""}
     scope |= {"asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "server": ("service", 80)}
-    await create_api(seen.service)(scope, received.__anext__, send)
+    await create_api(seen.service)(scope, received, send)
 
 
-async def _messages(body: bytes, gone: asyncio.Event) -> AsyncIterator[dict[str, Any]]:
-    yield {"type": "http.request", "body": body, "more_body": False}
-    await gone.wait()
-    while True:
-        yield {"type": "http.disconnect"}
+def _messages(body: bytes, gone: asyncio.Event) -> Callable[[], Awaitable[dict[str, Any]]]:
+    """What a server hands to an application, message by message."""
+    asked = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        for message in asked:
+            return message
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    return receive
 
 
 async def test_no_text_is_logged_whatever_happens(watch: Any, tokenizer: TextTokenizer) -> None:
