@@ -100,9 +100,12 @@ def write_bank(
 
 
 def check_new(path: Path, names: Iterable[str]) -> None:
-    """Raises BankError when something is at ``path`` already or an expert may not be called so."""
+    """Raises BankError when something is at ``path`` already, nothing can be, or an expert may not be called so."""
     if path.exists():
         raise BankError(path, "exists already; remove it or write the bank elsewhere")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise BankError(path, f"cannot be written: {above} is no folder that may be written to")
     for name in names:
         try:
             check_expert_name(name)

@@ -13,6 +13,8 @@ from meteora_dist.evaluation.tasks import TaskRow
 
 def open_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder; ModelError when it cannot be read."""
+    if not model.is_dir():
+        raise ModelError(model, "there is no such folder")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:

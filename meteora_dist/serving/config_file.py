@@ -48,7 +48,9 @@ def read_serve_file(path: Path) -> ServeFile:
     """
     try:
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InvalidRequest(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path}: {error}") from None
     return parse_serve_config(text, str(path))
 
@@ -66,6 +68,8 @@ def parse_serve_config(text: str, origin: str) -> ServeFile:
     """
     try:
         content = _serve_config(list(yaml.safe_load_all(text)), origin)
+        if not isinstance(content, dict):
+            raise InvalidRequest(f"{origin}: is no Serve configuration, which is a mapping with `applications`")
         schema = ServeDeploySchema.model_validate(content)
     except (yaml.YAMLError, ImportError) as error:
         raise InvalidRequest(f"{origin}: {error}") from None

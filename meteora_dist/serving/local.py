@@ -33,6 +33,7 @@ SERVICERS = (
 )
 
 _APP = "meteora"
+_PORTS = 2**16
 _REQUEST_TIMEOUT_S = 600.0
 _READY_S = 30.0
 _PROXY_START_S = 20.0
@@ -89,11 +90,16 @@ def running_service(
         Where it answers, once ``/healthz`` says that the engine is ready.
 
     Raises:
-        InvalidRequest: A port is taken, or there are no API keys though the configuration demands them.
+        InvalidRequest: A port is taken, is none, or is given twice; or there are no API keys though the configuration
+            demands them.
         CheckpointError: The model, the bank or the keys file cannot be used.
         EngineUnavailable: The service did not start; the message says why.
     """
+    if http_port == grpc_port:
+        raise InvalidRequest(f"HTTP and gRPC cannot both answer on port {http_port}: choose two")
     for port in (http_port, grpc_port):
+        if not 0 < port < _PORTS:
+            raise InvalidRequest(f"{port} is no port: choose one from 1 to {_PORTS - 1}")
         if not is_free(port):
             raise InvalidRequest(f"port {port} is taken: choose another one")
     Gate.of(config)
