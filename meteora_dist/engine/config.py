@@ -31,6 +31,8 @@ class EngineConfig(StrictModel):
         max_batch_requests: Most requests in one forward pass of a rank.
         kv_cache_tokens: Tokens the paged KV cache of a rank has room for.
         threads: Torch threads of a rank on CPU.
+        share_prefixes: Whether a rank keeps the cache of prompts while there is room, and requests of the same routing
+            whose prompts begin alike share it, by whole pages.
     """
 
     model: Path
@@ -43,6 +45,7 @@ class EngineConfig(StrictModel):
     max_batch_requests: PositiveInt = 32
     kv_cache_tokens: PositiveInt = 32_768
     threads: PositiveInt = 1
+    share_prefixes: bool = False
 
     @field_validator("model", "bank")
     @classmethod

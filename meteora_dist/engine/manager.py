@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from meteora_dist.engine.changes import Changes
 from meteora_dist.engine.lockstep import Lockstep, Vote
+from meteora_dist.engine.prefixes import salt_prefixes
 from meteora_dist.engine.request import GenerationRequest, LayerExperts, Logprobs
 from meteora_dist.engine.sampler import RequestSampler
 from meteora_dist.engine.shares import ShareKeeper, Shares
@@ -172,7 +173,13 @@ class LockstepManager(ContinuousBatchingManager):
         # The loop's own thread begins here.
         torch.set_num_threads(self._threads)
         with ZerosOnDemand():
-            return super()._create_batch_processor()
+            processor = super()._create_batch_processor()
+        if processor.cache.use_prefix_sharing:
+            scheduler = processor.scheduler
+            salt_prefixes(
+                processor.cache, lambda key: _request_of((scheduler.active_requests | scheduler.waiting_requests)[key])
+            )
+        return processor
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One step, taken by all ranks together; False ends the loop."""

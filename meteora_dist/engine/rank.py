@@ -36,6 +36,8 @@ from meteora_dist.moe.wire import EXCHANGE_KINDS, Wire
 
 KV_PAGE_TOKENS = 64
 """Tokens of a page of the KV cache."""
+SHARED_PAGE_TOKENS = 16
+"""The same where prefixes are shared: only whole pages are."""
 
 
 @dataclass(slots=True)
@@ -348,13 +350,14 @@ def _generation_config(model: PreTrainedModel) -> GenerationConfig:
 
 
 def _batching_config(config: EngineConfig) -> ContinuousBatchingConfig:
+    page = SHARED_PAGE_TOKENS if config.share_prefixes else KV_PAGE_TOKENS
     return ContinuousBatchingConfig(
-        page_size=KV_PAGE_TOKENS,
-        num_blocks=-(-config.kv_cache_tokens // KV_PAGE_TOKENS),
+        page_size=page,
+        num_blocks=-(-config.kv_cache_tokens // page),
         max_batch_tokens=config.max_batch_tokens,
         max_requests_per_batch=config.max_batch_requests,
-        # Cached keys and values depend on the routing choice, which transformers' block hash does not cover.
-        allow_block_sharing=False,
+        # Keys and values depend on the routing, too, which the manager adds to what transformers hashes.
+        allow_block_sharing=config.share_prefixes,
         use_async_batching=False,
         use_cuda_graph=False,
         auto_switch_to_flash=False,

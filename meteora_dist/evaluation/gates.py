@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,14 +62,27 @@ class GateCount:
         self._total.setdefault(way, Counter())[key] += len(right_T)
 
 
-def count_gates(routed: RoutedModel, passages: Iterable[Passage], expert: int, choice: RoutingChoice) -> Counts:
-    """Counts over passages of one expert's task, routed as ``choice`` says."""
-    count = GateCount()
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What passes over passages of one task have shown.
+
+    Attributes:
+        counts: Choices of gates, of all passages together.
+        nlls: Of every passage the answer's negative log-likelihood, nats.
+    """
+
+    counts: Counts
+    nlls: list[float]
+
+
+def watch_gates(routed: RoutedModel, passages: Iterable[Passage], expert: int, choice: RoutingChoice) -> Watched:
+    """Passes over passages of one expert's task, routed as ``choice`` says."""
+    count, nlls = GateCount(), []
     with watched_gates(routed) as picks:
         for passage in passages:
-            answer_nll(routed, passage, choice)
+            nlls.append(answer_nll(routed, passage, choice))
             count.add(picks, expert, len(passage.prompt))
-    return count.counts()
+    return Watched(count.counts(), nlls)
 
 
 def layer_choices(routed: RoutedModel, ids: tuple[int, ...], choice: RoutingChoice) -> list[list[int]]:

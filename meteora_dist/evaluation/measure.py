@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from meteora_dist.evaluation.cells import Cells, digest
 from meteora_dist.evaluation.composite import Composite
 from meteora_dist.evaluation.forced import Passage, answer_nll
-from meteora_dist.evaluation.gates import Counts, count_gates, layer_choices
+from meteora_dist.evaluation.gates import Counts, Watched, layer_choices, watch_gates
 from meteora_dist.evaluation.lorahub import search_weights
 from meteora_dist.evaluation.methods import Method
 from meteora_dist.evaluation.plan import EvalPlan
@@ -84,31 +84,40 @@ class Measure:
         """(nats, tokens) of the gold answer of every row that was not too long."""
         rows = [i for i, text in enumerate(answers.texts) if text is not None]
         passages = [Passage(*encode(self._tokenizer, task.rows[i])) for i in rows]
+        if self._plan.gates and method.kind == "gates" and task.name in self._subject.bank.names:
+            nlls = self._watched(method, task).nlls
+            return [(nlls[i], len(one.answer)) for i, one in zip(rows, passages, strict=True)]
         if method.kind == "vote":
             choices = [named(answers.shares[i].index(max(answers.shares[i]))) for i in rows]
         else:
             choices = [self._choice(method, task)] * len(rows)
 
-        def make() -> list[tuple[float, int]]:
-            routed = self._subject.routed
-            pairs = zip(passages, choices, strict=True)
-            return [(answer_nll(routed, one, choice), len(one.answer)) for one, choice in pairs]
+        def make(places: list[int]) -> list[float]:
+            started = time.perf_counter()
+            found = [answer_nll(self._subject.routed, passages[i], choices[i]) for i in places]
+            self._say(f"{method.name}-{task.name}-nll: {len(found)}, {time.perf_counter() - started:.0f} s")
+            return found
 
-        identity = self._identity(method, choices) | {"passages": digest([one.ids for one in passages])}
-        return [(nll, count) for nll, count in self._cell(f"{method.name}-{task.name}-nll", identity, make)]
+        keys = [digest((one.prompt, one.answer))[:16] for one in passages]
+        nlls = self._cells.rows(f"{method.name}-{task.name}-nll", self._identity(method, choices), keys, make)
+        return [(nll, len(one.answer)) for nll, one in zip(nlls, passages, strict=True)]
 
     def gates(self, method: Method, task: Task) -> Counts:
         """How often the gates name the task's expert over its rows with their gold answers."""
+        return self._watched(method, task).counts
+
+    def _watched(self, method: Method, task: Task) -> Watched:
+        """Passes over all rows with their gold answers, which give what gates chose and perplexity at once."""
         expert = self._subject.bank.names.index(task.name)
         passages = [Passage(*encode(self._tokenizer, row)) for row in task.rows]
         choice = self._choice(method, task)
         identity = self._identity(method, [choice]) | {"passages": digest([one.ids for one in passages])}
-        found: Counts = self._cell(
+        found = self._cell(
             f"{method.name}-{task.name}-gates",
             identity | {"expert": expert},
-            lambda: count_gates(self._subject.routed, passages, expert, choice),
+            lambda: asdict(watch_gates(self._subject.routed, passages, expert, choice)),
         )
-        return found
+        return Watched(**found)
 
     def route_map(self, method: Method, ids: tuple[int, ...]) -> list[list[int]]:
         """Every layer's expert for each token, as the gates choose."""
@@ -122,22 +131,27 @@ class Measure:
     def _answers(
         self, method: Method, name: str, prompts: Sequence[tuple[int, ...]], most: int, choice: RoutingChoice
     ) -> Answers:
-        def make() -> dict[str, Any]:
+        def make(places: list[int]) -> list[dict[str, Any]]:
             self._subject.start()
             started = time.perf_counter()
-            answers = self._subject.answers(prompts, choice, most, method.kind == "vote")
+            asked = [prompts[place] for place in places]
+            answers = self._subject.answers(asked, choice, most, method.kind == "vote")
             seconds = time.perf_counter() - started
-            return {"answers": [one and asdict(one) for one in answers], "seconds": round(seconds, 2)}
+            self._say(f"{method.name}-{name}-answers: {len(asked)} of {len(prompts)}, {seconds:.0f} s")
+            # What a row took cannot be told apart from what its batch took.
+            each = round(seconds / len(asked), 3)
+            return [{"answer": one and asdict(one), "seconds": each} for one in answers]
 
-        limits = {"prompts": digest(prompts), "max_tokens": most, "max_len": self._plan.machine.max_len}
-        cell = self._cell(f"{method.name}-{name}-answers", self._identity(method, [choice]) | limits, make)
-        found = [one or {"ids": [], "shares": []} for one in cell["answers"]]
-        texts = [None if one is None else text_of(self._tokenizer, one["ids"]) for one in cell["answers"]]
+        identity = self._identity(method, [choice]) | {"max_tokens": most, "max_len": self._plan.machine.max_len}
+        keys = [digest(prompt)[:16] for prompt in prompts]
+        cell = self._cells.rows(f"{method.name}-{name}-answers", identity, keys, make)
+        answers = [one["answer"] for one in cell]
+        found = [one or {"ids": [], "shares": []} for one in answers]
         return Answers(
-            tuple(texts),
+            tuple(None if one is None else text_of(self._tokenizer, one["ids"]) for one in answers),
             tuple(tuple(one["ids"]) for one in found),
             tuple(tuple(one["shares"]) for one in found),
-            cell["seconds"],
+            round(sum(one["seconds"] for one in cell), 2),
         )
 
     def _choice(self, method: Method, task: Task) -> RoutingChoice:

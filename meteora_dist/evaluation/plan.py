@@ -53,6 +53,7 @@ class EvalPlan:
         adapters: Further PEFT adapters by method name.
         composites: Kinds of composite questions.
         composite_rows: Questions of each kind.
+        composite_methods: Names of the methods that are asked them; all methods if empty.
         max_tokens: Most tokens of an answer; of a composite one, so many for each sub-question.
         seed: Of composites, DARE, LoraHub and bootstraps.
         perplexity: Whether gold answers are passed over as well.
@@ -71,6 +72,7 @@ class EvalPlan:
     adapters: Mapping[str, Path] = field(default_factory=dict)
     composites: tuple[CompositeKind, ...] = ()
     composite_rows: int = 24
+    composite_methods: tuple[str, ...] = ()
     max_tokens: int = 24
     seed: int = 0
     perplexity: bool = False
@@ -92,7 +94,12 @@ class EvalPlan:
             max_batch_requests=machine.batch,
             max_model_len=machine.max_len,
             kv_cache_tokens=max(cache, machine.max_len),
+            share_prefixes=True,
         )
+
+    def asks_composites(self, method: Method) -> bool:
+        """Whether a method is asked composite questions; one that is told the task cannot be."""
+        return not method.one_task and (not self.composite_methods or method.name in self.composite_methods)
 
     def check(self) -> dict[str, Bank]:
         """Opens the banks, and looks for what would end the evaluation half-way.
@@ -101,6 +108,10 @@ class EvalPlan:
             CheckpointError: A bank is damaged or of another base model.
             EvaluationError: A task lacks its expert or enough training rows, or a name is used twice.
         """
+        if strange := sorted(set(self.composite_methods) - {method.name for method in self.methods}):
+            raise EvaluationError(f"composite questions are to be asked of {strange[0]}, which is none of the methods")
+        if useless := [m.name for m in self.methods if m.one_task and m.name in self.composite_methods]:
+            raise EvaluationError(f"method {useless[0]} is told the task, and cannot be asked composite questions")
         banks = {label: Bank.open(path) for label, path in self.banks.items()}
         first, *others = banks.values()
         first.check_base(self.model)

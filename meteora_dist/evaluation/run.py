@@ -95,7 +95,7 @@ class _Evaluation:
             (method, kind): measure.composites(method, kind.name, asked)
             for method in methods
             for kind, asked in self._asked.items()
-            if not method.one_task
+            if self._plan.asks_composites(method)
         }
         for method, task in pairs:
             answers = given[method, task.name]
@@ -158,8 +158,8 @@ class _Evaluation:
             counts = add_counts(measure.gates(method, task) for task in tasks)
             self._gates.append(GateResult(self._label(label, method), method.name, counts))
             for kind, asked in self._asked.items():
-                ids = composites[method, kind].ids[0]
-                if ids:
+                answers = composites.get((method, kind))
+                if answers and (ids := answers.ids[0]):
                     self._maps.append(self._map(label, method, kind, asked[0], ids, measure, subject))
 
     def _map(
@@ -203,6 +203,7 @@ def setting(plan: EvalPlan) -> dict[str, object]:
         "rows": {task.name: len(task.rows) for task in plan.tasks},
         "composites": [kind.name for kind in plan.composites],
         "composite_rows": plan.composite_rows,
+        "composite_methods": list(plan.composite_methods),
         "max_tokens": plan.max_tokens,
         "max_len": plan.machine.max_len,
         "dtype": plan.machine.dtype,

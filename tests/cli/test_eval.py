@@ -101,10 +101,11 @@ def test_a_second_run_measures_nothing_and_an_interrupted_one_goes_on(
     (lost,) = (out / "cells").glob("top-2@15-wide-answers-*.json")
     lost.unlink()
     fewer = options(tiny_base, tiny_bank, data, out, methods=("base", "top-2@15"))
-    assert run(*fewer[: fewer.index("--gates")]) == 0
+    assert run(*fewer[: fewer.index("--gates")], "--composite-method", "base") == 0
     said = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in said] == ["top-2@15-wide-answers"]
     again = json.loads((out / "results.json").read_text())
+    assert again["composites"] == [one for one in before["composites"] if one["method"] == "base"]
     scores = [score for score in before["scores"] if score["method"] in ("base", "top-2@15")]
     assert len(again["scores"]) == len(scores) == 4
     for one, other in zip(again["scores"], scores, strict=True):
@@ -130,8 +131,10 @@ def test_every_option_and_method_is_in_the_guide() -> None:
         (["--adapter", "x"], "--adapter x: it must be NAME=FOLDER"),
         (["--bank", "missing"], "missing: there is no such folder"),
         (["--composite", "1"], "there must be at least 1, 2 and 0"),
+        (["--composite-method", "ties"], "composite questions are to be asked of ties, which is none of the methods"),
+        (["--method", "lorahub", "--composite-method", "lorahub"], "method lorahub is told the task"),
     ],
-    ids=["method", "oracle", "lorahub", "task", "adapter", "bank", "composite"],
+    ids=["method", "oracle", "lorahub", "task", "adapter", "bank", "composite", "asked", "told"],
 )
 def test_mistakes_end_it_before_anything_is_measured(
     tiny_base: Path, tiny_bank: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meteora_dist.errors import DatasetError
-from meteora_dist.evaluation.cells import Cells
+from meteora_dist.evaluation.cells import ROWS_AT_ONCE, Cells
 
 
 def test_a_cell_is_made_once_for_each_identity(tmp_path: Path) -> None:
@@ -38,3 +38,24 @@ def test_a_damaged_cell_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(DatasetError, match=path.name):
         cells.get("a", {"x": 1}, lambda: 1)
+
+
+def test_a_cell_of_rows_grows_and_is_kept_while_it_does(tmp_path: Path) -> None:
+    cells, asked = Cells(tmp_path), []
+
+    def make(places: list[int]) -> list[int]:
+        asked.extend(places)
+        if len(asked) > ROWS_AT_ONCE:
+            raise KeyboardInterrupt
+        return [10 * place for place in places]
+
+    keys = [f"row {number}" for number in range(ROWS_AT_ONCE + 2)]
+    with pytest.raises(KeyboardInterrupt):
+        cells.rows("a", {"x": 1}, keys, make)
+    asked.clear()
+    assert cells.rows("a", {"x": 1}, keys, make) == [10 * place for place in range(len(keys))]
+    assert asked == [ROWS_AT_ONCE, ROWS_AT_ONCE + 1]
+    # Fewer rows, another order and a row twice ask for nothing; other identities do.
+    assert cells.rows("a", {"x": 1}, ["row 7", "row 3", "row 7"], make) == [70, 30, 70]
+    assert len(asked) == 2
+    assert cells.rows("a", {"x": 2}, ["row 7"], make) == [0]

@@ -12,7 +12,7 @@ from meteora_dist.bank import Bank
 from meteora_dist.errors import EvaluationError
 from meteora_dist.evaluation.banks import named_bank, prototype_bank
 from meteora_dist.evaluation.forced import Passage, answer_nll, watched_gates
-from meteora_dist.evaluation.gates import GateCount, add_counts, count_gates, layer_choices
+from meteora_dist.evaluation.gates import GateCount, add_counts, layer_choices, watch_gates
 from meteora_dist.evaluation.lorahub import LIMIT, PENALTY, HubSearch, search_weights
 from meteora_dist.moe.inject import inject
 from meteora_dist.moe.routed_model import RoutedModel
@@ -80,7 +80,7 @@ def test_choices_are_counted_against_the_expert_of_the_next_token() -> None:
 
 
 def test_counts_and_maps_of_a_bank(routed: RoutedModel) -> None:
-    counts = [count_gates(routed, [PASSAGE], expert, RoutingChoice())["part"] for expert in range(4)]
+    counts = [watch_gates(routed, [PASSAGE], expert, RoutingChoice()).counts["part"] for expert in range(4)]
     # Every choice names one of the four experts.
     assert sum(part["prompt"][0] for part in counts) == counts[0]["prompt"][1] == 3 * LAYERS * len(ALL_LINEARS)
     drawn = layer_choices(routed, PASSAGE.ids, RoutingChoice())

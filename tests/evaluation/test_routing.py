@@ -12,7 +12,7 @@ import torch
 
 from meteora_dist.bank import Bank, write_bank
 from meteora_dist.evaluation.forced import Passage, answer_nll, watched_gates
-from meteora_dist.evaluation.gates import count_gates
+from meteora_dist.evaluation.gates import watch_gates
 from meteora_dist.evaluation.prompts import encode, open_tokenizer
 from meteora_dist.evaluation.routing import RoutingSummary, routing_summary
 from meteora_dist.evaluation.suite import Task
@@ -43,7 +43,7 @@ def test_it_counts_what_each_gate_chooses(tiny_bank: Bank, tiny_base: Path) -> N
     tokenizer = open_tokenizer(tiny_base)
     passages = [Passage(*encode(tokenizer, row)) for row in ROWS]
     for expert in range(4):
-        counts = count_gates(routed, passages, expert, CHOICE)
+        counts = watch_gates(routed, passages, expert, CHOICE).counts
         right, total = (sum(one[i] for one in counts["module"].values()) for i in (0, 1))
         assert found.tasks[0].chosen[expert] == pytest.approx(right / total)
         assert found.tasks[0].answer_chosen[expert] == pytest.approx(
