@@ -17,7 +17,7 @@ from meteora_dist.evaluation.lorahub import search_weights
 from meteora_dist.evaluation.methods import Method
 from meteora_dist.evaluation.plan import EvalPlan
 from meteora_dist.evaluation.prompts import encode, prompt_ids, text_of
-from meteora_dist.evaluation.subject import Subject
+from meteora_dist.evaluation.subject import Answer, Subject
 from meteora_dist.evaluation.suite import Task
 from meteora_dist.moe.routing import RoutingChoice, named
 
@@ -140,7 +140,7 @@ class Measure:
             self._say(f"{method.name}-{name}-answers: {len(asked)} of {len(prompts)}, {seconds:.0f} s")
             # What a row took cannot be told apart from what its batch took.
             each = round(seconds / len(asked), 3)
-            return [{"answer": one and asdict(one), "seconds": each} for one in answers]
+            return [{"answer": one and _short(one), "seconds": each} for one in answers]
 
         identity = self._identity(method, [choice]) | {"max_tokens": most, "max_len": self._plan.machine.max_len}
         keys = [digest(prompt)[:16] for prompt in prompts]
@@ -198,3 +198,8 @@ class Measure:
             return value
 
         return self._cells.get(name, identity, measured)
+
+
+def _short(answer: Answer) -> dict[str, Any]:
+    """An answer as JSON; its shares without digits that nothing depends on."""
+    return {"ids": answer.ids, "shares": [round(share, 4) for share in answer.shares]}
