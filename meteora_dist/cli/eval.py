@@ -61,7 +61,6 @@ def command(
     Example: meteora eval --out out --method base --method oracle --method top-2 --composite 3 --gates
     """
     _need_extra()
-    _make(out)
     transformers_logging.disable_progress_bar()
     adapters = {name: Path(path) for name, path in (_named(one, "--adapter") for one in adapter or [])}
     base = model or demo_model_dir()
@@ -97,14 +96,6 @@ def _write(found: Results, out: Path) -> None:
     (out / "results.md").write_text(page, encoding="utf-8")
     typer.echo(page.split("## Exact match\n")[0])
     typer.echo(f"{out / 'results.md'}, {out / 'results.json'}, {len(files)} plots")
-
-
-def _make(out: Path) -> None:
-    """The folder, before hours of answers that could not be kept."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise EvaluationError(f"--out {out}: no such folder can be made: {cause.strerror}") from cause
 
 
 def _need_extra() -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meteora_dist import __version__
 from meteora_dist.bank import Bank
+from meteora_dist.errors import EvaluationError
 from meteora_dist.evaluation import results
 from meteora_dist.evaluation.cells import Cells
 from meteora_dist.evaluation.composite import Composite, compose
@@ -42,7 +43,13 @@ def evaluate(plan: EvalPlan, say: Callable[[str], None]) -> Results:
         MeteoraError: A bank, an adapter or an option cannot be used; before anything is measured, where that shows.
     """
     torch.set_num_threads(plan.machine.threads)
-    return _Evaluation(plan, plan.check(), say).run()
+    evaluation = _Evaluation(plan, plan.check(), say)
+    # Now, before hours of answers that could not be kept.
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise EvaluationError(f"{plan.out}: no such folder can be made: {cause.strerror}") from cause
+    return evaluation.run()
 
 
 class _Evaluation:

@@ -35,7 +35,7 @@ MISTAKES = [
     ("keys new --name x --requests-per-minute 0", 1, "requests_per_minute"),
     ("eval --out OUT --bank BANK --model BASE --data BASE", 1, 'has no "examples"'),
     ("eval --out OUT --bank BANK --model BASE --data NONE", 1, "NONE"),
-    ("eval --out BASE/config.json --bank BANK --model BASE", 1, "no such folder can be made"),
+    ("eval --out BASE/config.json --bank BANK --model BASE --data TASKS", 1, "no such folder can be made"),
     ("eval --out OUT --method nothing", 1, "nothing"),
     ("eval --out OUT --adapter x", 1, "NAME=FOLDER"),
     ("train gates --base BASE --adapters NONE --data NONE --out OUT --run OUT2", 1, "holds no adapter"),
