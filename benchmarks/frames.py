@@ -13,7 +13,8 @@ from typing import Any
 from tests.support.browser import Browser, Page
 
 FRAME_MS = 1000 / 60
-MARK = "watched-page"
+BEGIN, END = "watched-begin", "watched-end"
+"""Marks between which a page is watched; by the first the trace knows which page that is."""
 # Frames of the compositor, tasks of every thread with their processor time, and marks of pages.
 CATEGORIES = ["cc", "benchmark", "toplevel", "blink.user_timing", "disabled-by-default-devtools.timeline.frame"]
 BUFFER_KIB = 400_000
@@ -46,15 +47,19 @@ class Frames:
     tasks_over_a_frame: int
 
 
-def start_trace(chromium: Browser, page: Page) -> None:
-    """Begins a trace in which ``page`` can be told from the browser's other pages."""
+def start_trace(chromium: Browser) -> None:
+    """Begins a trace of all pages."""
     config = {"recordMode": "recordUntilFull", "traceBufferSizeInKb": BUFFER_KIB, "includedCategories": CATEGORIES}
     chromium.call("Tracing.start", transferMode="ReportEvents", traceConfig=config)
-    page.eval(f"performance.mark('{MARK}') && 1")
+
+
+def mark(page: Page, name: str) -> None:
+    """Puts ``BEGIN`` or ``END`` into the trace."""
+    page.eval(f"performance.mark('{name}') && 1")
 
 
 def end_trace(chromium: Browser, page: Page) -> Frames:
-    """Ends it; what it says of the page."""
+    """Ends it; what it says of the page between its marks."""
     chromium.events.clear()
     chromium.call("Tracing.end")
     while "Tracing.tracingComplete" not in chromium.events:
@@ -65,8 +70,11 @@ def end_trace(chromium: Browser, page: Page) -> Frames:
 
 def frames_of(events: list[Event]) -> Frames:
     """Reads a trace, times in it being microseconds."""
-    process = next(event["pid"] for event in events if event["name"] == MARK)
-    own = [event for event in events if event["pid"] == process]
+    begin, end = (next(event for event in events if event["name"] == name) for name in (BEGIN, END))
+    process = begin["pid"]
+    # What has no time describes the process.
+    own = [event for event in events if event["pid"] == process and not 0 < event["ts"] < begin["ts"]]
+    own = [event for event in own if event["ts"] <= end["ts"]]
     main = next(event["tid"] for event in own if event["name"] == "thread_name" and event["args"]["name"] == MAIN)
     tasks = [event for event in own if event["name"] == TASK and event["tid"] == main and event["ph"] == "X"]
     tasks.sort(key=lambda task: float(task["ts"]))

@@ -29,7 +29,7 @@ from typing import Any, cast
 
 import psutil
 
-from benchmarks.frames import FRAME_MS, end_trace, start_trace
+from benchmarks.frames import BEGIN, END, FRAME_MS, end_trace, mark, start_trace
 from meteora_dist.engine.request import GenerationRequest, TokenEvent
 from meteora_dist.model.demo_model import demo_model_dir
 from meteora_dist.serving.config import ServiceConfig
@@ -41,6 +41,7 @@ from tests.support.browser import Browser, Page, browser
 BANK = Path("examples/bank")
 HTTP, GRPC = 8123, 9123
 LOWEST = 19
+SETTLING_S = 2
 PROMPT = "Tell me a very long story."
 STREAM = {"max_tokens": 4000, "temperature": 1, "ignore_eos": True, "stream": True, "routing": {"trace": "layers"}}
 STATE = "document.querySelector('.pane').dataset.state"
@@ -157,14 +158,18 @@ def reader(url: str) -> Iterator[None]:
 
 def watched(chromium: Browser, page: Page, seconds: float) -> dict[str, Any]:
     """What happens to a page's frames in so many seconds. Frames are asked for all the time, as by an animation."""
-    start_trace(chromium, page)
-    time.sleep(1)
+    start_trace(chromium)
+    # A browser that has just begun to trace drops frames of any page.
+    time.sleep(SETTLING_S)
+    mark(page, BEGIN)
     page.eval(WATCH)
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         time.sleep(1)
         page.eval("1")
     seen = page.eval("(window.over = true, window.seen)")
+    mark(page, END)
+    time.sleep(1)
     trace = end_trace(chromium, page)
     gaps = sorted(seen["gaps"])
     return {
