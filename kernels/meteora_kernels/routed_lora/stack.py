@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from meteora_kernels.routed_lora.cpu.operators import Group
     from meteora_kernels.routed_lora.tables import Tables
 
 Pair = tuple[Tensor, Tensor, float]
@@ -95,7 +96,7 @@ class LoraStack:
     max_rank: int
     packed: Packed | None = None
     tables: Tables | None = None
-    compiled: object = None
+    compiled: Group | None = None
 
     @property
     def num_linears(self) -> int:

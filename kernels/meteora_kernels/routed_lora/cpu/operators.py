@@ -180,7 +180,7 @@ def routed_lora(x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Te
 
 def add_side_by_side(y_TY: Tensor, x_TH: Tensor, stack: LoraStack, ids_TNK: Tensor, weights_TNK: Tensor) -> None:
     """Adds the same deltas to outputs that lie side by side, of whatever shape the T tokens have there."""
-    group = stack.compiled if isinstance(stack.compiled, Group) else Group.side_by_side(stack)
+    group = stack.compiled or Group.side_by_side(stack)
     add_routed_lora(y_TY, x_TH, group, Pass.chosen(ids_TNK, weights_TNK))
 
 
