@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from meteora_dist.bench.loading import Failure, RankReport, load_limited_then_free, load_world
+from meteora_dist.bench.loading import Failure, RankReport, load_world
 from meteora_dist.bench.synthetic import write_synthetic_bank
 from meteora_dist.engine.config import EngineConfig
 from meteora_dist.engine.mesh import Mesh
@@ -132,7 +132,9 @@ def measure_limit(plan: CapacityPlan, experts: int, advance: Callable[[], None])
     head = shape.vocabulary * shape.hidden * demand.number_bytes if shape.tied else 0
     limit = (rank_memory(shape, demand, one).total + rank_memory(shape, demand, two).total) // 2 + head
     with _bank(plan, experts) as bank:
-        alone, free = load_limited_then_free(plan.config(bank, one), limit)
+        alone = load_world(plan.config(bank, one), limit)
+        advance()
+        free = load_world(plan.config(bank, one))
         advance()
         together = load_world(plan.config(bank, two), limit)
         advance()

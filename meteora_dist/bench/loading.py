@@ -81,16 +81,6 @@ def load_world(config: EngineConfig, limit: int | None = None) -> list[RankRepor
         return _outcome(pipes)
 
 
-def load_limited_then_free(config: EngineConfig, limit: int) -> list[list[RankReport] | Failure]:
-    """What ``load_world`` says of a world of one rank under a limit, and then without: in one process, for its imports.
-
-    Raises:
-        EngineUnavailable: The rank failed, and not for want of memory.
-    """
-    with rank_processes(config, _rank, limit, True) as pipes:
-        return [_outcome(pipes), _outcome(pipes)]
-
-
 def _outcome(pipes: Sequence[Connection]) -> list[RankReport] | Failure:
     outcomes: dict[int, RankReport | Failure] = {}
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -117,38 +107,25 @@ def _receive(pipe: Connection) -> RankReport | Failure:
     return outcome
 
 
-def _rank(
-    config: EngineConfig,
-    rank: int,
-    rendezvous: str | None,
-    pipe: Connection,
-    limit: int | None,
-    then_free: bool = False,
-) -> None:
-    """Loads one rank, reports, and serves until the pipe closes; with ``then_free`` once more, without the limit."""
+def _rank(config: EngineConfig, rank: int, rendezvous: str | None, pipe: Connection, limit: int | None) -> None:
+    """Loads one rank, reports, and serves until the pipe closes."""
     transformers_logging.disable_progress_bar()
     _import_model(config.model)
     gc.collect()
     imported = resident()
-    engines = []
-    for allowed in (limit, None) if then_free else (limit,):
-        with limited_growth(allowed):
-            outcome, engine = _load(config, rank, rendezvous, imported)
-        pipe.send(outcome)
-        engines.append(engine)
+    with limited_growth(limit):
+        outcome, engine = _load(config, rank, rendezvous, imported)
+    pipe.send(outcome)
     with suppress(EOFError):
         pipe.recv()
-    for engine in engines:
-        if engine is not None:
-            engine.stop()
+    if engine is not None:
+        engine.stop()
 
 
 def _load(
     config: EngineConfig, rank: int, rendezvous: str | None, imported: int
 ) -> tuple[RankReport, RankEngine] | tuple[Failure, None]:
     """Loads and asks one rank, whose process held ``imported`` bytes after its imports."""
-    # What an attempt before this one has left behind counts: it is no import.
-    gc.collect()
     reset_peak()
     started = time.monotonic()
     try:

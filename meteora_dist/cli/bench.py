@@ -75,7 +75,7 @@ def capacity(
     sizes = tuple(size for size in experts or [64] if size)
     plan = CapacityPlan(model or demo_model_dir(), sizes, rank, meshes)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("loading", total=len(plan.experts) * len(meshes) + 2 * bool(limit_experts))
+        task = progress.add_task("loading", total=len(plan.experts) * len(meshes) + 3 * bool(limit_experts))
         rows = measure_capacity(plan, lambda: progress.advance(task))
         # Tokens are compared there, and only fp32 gives the same ones on every mesh.
         exact = replace(plan, dtype="float32")

@@ -62,7 +62,7 @@ def run(*options: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(wide_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
-    """The rows of the run under a limit, by measure and ep: three processes in all."""
+    """The rows of the run under a limit, by measure and ep: four processes in all."""
     file = tmp_path_factory.mktemp("rows") / "capacity.json"
     sizes = ("--rank", str(RANK), "--experts", "0", "--limit-experts", str(EXPERTS))
     run("--model", str(wide_base), *sizes, "--json", str(file))
